@@ -81,7 +81,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case errors.Is(err, pflag.ErrHelp):
 		fmt.Fprint(stdout, usage)
 		return exitOK
-	case err == nil && s.version:
+	case s.version:
 		fmt.Fprintln(stdout, "ecr-refresher", version)
 		return exitOK
 	}
@@ -95,10 +95,14 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return exitUsage
 	}
 
-	ctx, cancel := context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("the run's deadline of %v (--timeout) has passed", s.timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, s.timeout, withHint(
+		fmt.Errorf("the run's deadline of %v (--timeout) has passed", s.timeout), "find out what is slow, or raise --timeout"))
 	defer cancel()
 	done, err := refresh(ctx, s, redact, log)
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil { // whatever was going on then is not to blame
+			err = withHint(err, cmp.Or(hintOf(cause), "the run was stopped from outside; the Secret is as it was, unless the API server had just taken the patch"))
+		}
 		fail(err)
 		return exitFailure
 	}
