@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/tls"
+	"debug/elf"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -608,5 +609,26 @@ func TestRedactorKnowsTheFormsInWhichServersEcho(t *testing.T) {
 		if got := r.text(text); got != want {
 			t.Errorf("%q: got %q, want %q", text, got, want)
 		}
+	}
+}
+
+func TestProgramIsStaticallyLinked(t *testing.T) {
+	f, err := elf.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP || p.Type == elf.PT_DYNAMIC {
+			t.Errorf("the program has a %v segment: it needs a loader or a library, and the image has neither", p.Type)
+		}
+	}
+	info, err := os.Stat(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const most = 8_800_000 // bytes
+	if info.Size() > most {
+		t.Errorf("the program has %d bytes, more than %d", info.Size(), most)
 	}
 }
