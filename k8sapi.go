@@ -378,21 +378,18 @@ func parseRetryAfter(s string, now time.Time) time.Duration {
 	return 0
 }
 
-var (
-	// invalidValue finds the place where the API machinery's field errors quote the value that they reject. When a
-	// merged Secret does not decode, that is the whole Secret.
-	invalidValue = regexp.MustCompile(`(?s)Invalid value: .*`)
-	// longBase64 finds what may be data of a Secret; no name, address or id in a message has such a run.
-	longBase64 = regexp.MustCompile(`[A-Za-z0-9+/=]{48,}`)
-)
-
 // cleanMessage makes a message of the API server fit for a log: without the secrets that this process knows and without
 // what may be content of a Secret, on one line, at most maxMessage runes. The order matters: a secret that is
 // truncated first would not be found any more.
 func cleanMessage(s string, redact *redactor) string {
 	s = redact.text(s)
-	s = invalidValue.ReplaceAllString(s, "Invalid value: [withheld]")
-	s = longBase64.ReplaceAllString(s, "[withheld]")
+	// The API machinery's field errors quote the value that they reject, which is the whole Secret when the patched one
+	// does not decode.
+	if before, _, found := strings.Cut(s, "Invalid value: "); found {
+		s = before + "Invalid value: [withheld]"
+	}
+	// No name, address or id in a message is such a long run: it may be a Secret's data.
+	s = regexp.MustCompile(`[A-Za-z0-9+/=]{48,}`).ReplaceAllString(s, "[withheld]")
 	return oneLine(s)
 }
 

@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -85,7 +84,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		fmt.Fprintln(stdout, "ecr-refresher", version)
 		return exitOK
 	}
-	log := newLogger(stderr, s.logFormat)
+	log := newLogger(impatientWriter{stderr}, s.logFormat)
 	fail := func(err error) {
 		plain := strings.NewReplacer(`"`, `'`) // which the text format need not escape
 		log.Error(plain.Replace(redact.text(err.Error())), "hint", plain.Replace(redact.text(hintOf(err))))
@@ -121,6 +120,27 @@ func newLogger(w io.Writer, format string) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, nil))
 	}
 	return slog.New(slog.NewTextHandler(w, nil))
+}
+
+// impatientWriter gives up on a reader that does not read: a full pipe must neither hold a run beyond its deadline nor
+// hide its exit code.
+type impatientWriter struct{ io.Writer }
+
+func (w impatientWriter) Write(p []byte) (int, error) {
+	p = slices.Clone(p) // the write may outlive this call
+	done := make(chan struct{})
+	var n int
+	var err error
+	go func() {
+		n, err = w.Writer.Write(p)
+		close(done)
+	}()
+	select {
+	case <-done:
+		return n, err
+	case <-time.After(time.Second):
+		return 0, os.ErrDeadlineExceeded
+	}
 }
 
 // settings is all that a run is told, checked.
@@ -308,15 +328,17 @@ func (s *settings) parseRegistries(getenv func(string) string, invalid func(name
 	s.aws.stsRegion = cmp.Or(fromEnv, firstRegion)
 }
 
-// A DNS-1123 label and subdomain, as Kubernetes checks the names of namespaces and Secrets.
-// https://kubernetes.io/docs/concepts/overview/working-with-objects/names/
-var (
-	dnsLabel = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
-	dnsName  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
-)
+// isDNSLabel and isDNSName check the names of namespaces and of Secrets as Kubernetes does: a DNS-1123 label and
+// subdomain. https://kubernetes.io/docs/concepts/overview/working-with-objects/names/
+func isDNSLabel(s string) bool { return len(s) <= 63 && isLabel(s) }
 
-func isDNSLabel(s string) bool { return dnsLabel.MatchString(s) }
-func isDNSName(s string) bool  { return len(s) <= 253 && dnsName.MatchString(s) }
+func isDNSName(s string) bool {
+	return len(s) <= 253 && !slices.ContainsFunc(strings.Split(s, "."), func(l string) bool { return !isLabel(l) })
+}
+
+func isLabel(s string) bool {
+	return s != "" && s[0] != '-' && s[len(s)-1] != '-' && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
 
 // hintError is an error with its cure, which is printed beside it.
 type hintError struct {

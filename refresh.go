@@ -17,7 +17,6 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,7 +34,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ecr"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go"
-	_ "golang.org/x/crypto/x509roots/fallback" // the image has no CA bundle of its own
+	"golang.org/x/crypto/x509roots/fallback/bundle"
 )
 
 const (
@@ -242,25 +241,33 @@ func checkRegistryHost(host string) error {
 // partition is one of AWS's separate groups of regions, each with DNS suffixes of its own.
 // https://docs.aws.amazon.com/general/latest/gr/ecr.html and the partitions table of the AWS SDKs
 type partition struct {
-	region          *regexp.Regexp
-	suffix          string // of <account>.dkr.ecr.<region>.<suffix>
-	dualStackSuffix string // of <account>.dkr-ecr.<region>.<suffix>; empty where there is none
-	fips            bool   // whether dkr.ecr-fips and dkr-ecr-fips exist
+	regions         []string // how the names of its regions begin; a word, a hyphen and a number follow
+	suffix          string   // of <account>.dkr.ecr.<region>.<suffix>
+	dualStackSuffix string   // of <account>.dkr-ecr.<region>.<suffix>; empty where there is none
+	fips            bool     // whether dkr.ecr-fips and dkr-ecr-fips exist
 }
 
 var partitions = []partition{
-	{regexp.MustCompile(`^(us|eu|ap|sa|ca|me|af|il|mx)-[a-z]+-\d+$`), "amazonaws.com", "on.aws", true},
-	{regexp.MustCompile(`^us-gov-[a-z]+-\d+$`), "amazonaws.com", "on.aws", true},
-	{regexp.MustCompile(`^cn-[a-z]+-\d+$`), "amazonaws.com.cn", "", false},
-	{regexp.MustCompile(`^eusc-[a-z]+-[a-z]+-\d+$`), "amazonaws.eu", "", false},
-	{regexp.MustCompile(`^us-iso-[a-z]+-\d+$`), "c2s.ic.gov", "", true},
-	{regexp.MustCompile(`^us-isob-[a-z]+-\d+$`), "sc2s.sgov.gov", "", true},
-	{regexp.MustCompile(`^eu-isoe-[a-z]+-\d+$`), "cloud.adc-e.uk", "", true},
-	{regexp.MustCompile(`^(us|eu)-isof-[a-z]+-\d+$`), "csp.hci.ic.gov", "", true},
+	{[]string{"us-", "eu-", "ap-", "sa-", "ca-", "me-", "af-", "il-", "mx-"}, "amazonaws.com", "on.aws", true},
+	{[]string{"us-gov-"}, "amazonaws.com", "on.aws", true},
+	{[]string{"cn-"}, "amazonaws.com.cn", "", false},
+	{[]string{"eusc-de-"}, "amazonaws.eu", "", false},
+	{[]string{"us-iso-"}, "c2s.ic.gov", "", true},
+	{[]string{"us-isob-"}, "sc2s.sgov.gov", "", true},
+	{[]string{"eu-isoe-"}, "cloud.adc-e.uk", "", true},
+	{[]string{"us-isof-", "eu-isof-"}, "csp.hci.ic.gov", "", true},
 }
 
-// ecrHost splits what wants to be a private registry of ECR: account, kind, region, suffix.
-var ecrHost = regexp.MustCompile(`^(\d+)\.(dkr\.ecr|dkr\.ecr-fips|dkr-ecr|dkr-ecr-fips)\.([^.]+)\.(.+)$`)
+// has reports whether region is one of the partition's, or a later one of the same form: us-gov- and west-1.
+func (p partition) has(region string) bool {
+	return slices.ContainsFunc(p.regions, func(prefix string) bool {
+		rest, ok := strings.CutPrefix(region, prefix)
+		word, number, _ := strings.Cut(rest, "-")
+		return ok && word != "" && strings.Trim(word, "abcdefghijklmnopqrstuvwxyz") == "" && isDigits(number)
+	})
+}
+
+func isDigits(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
 // registryRegion returns the region of an ECR registry from its host, and "" for a host that is not ECR's: a VPC
 // endpoint or a pull-through proxy. A host that looks like ECR's but cannot exist is an error, since a typo there shows
@@ -272,23 +279,20 @@ func registryRegion(host string) (string, error) {
 	if host == "public.ecr.aws" {
 		return "", errors.New("is Amazon ECR Public, which has another API and lets everybody pull: it needs no Secret")
 	}
-	m := ecrHost.FindStringSubmatch(host)
-	if m == nil {
-		labels := strings.Split(host, ".")
-		ours := slices.ContainsFunc(partitions, func(p partition) bool {
-			return strings.HasSuffix(host, "."+p.suffix) || p.dualStackSuffix != "" && strings.HasSuffix(host, "."+p.dualStackSuffix)
-		})
-		if ours && !slices.Contains(labels, "vpce") &&
-			slices.ContainsFunc(labels, func(l string) bool { return strings.HasPrefix(l, "ecr") || strings.HasPrefix(l, "dkr") }) {
-			return "", errors.New("is a host of AWS but no registry: it must be <account>.dkr.ecr.<region>.amazonaws.com")
-		}
-		return "", nil
+	// <account>.dkr.ecr.<region>.<suffix> has one label more than the dual-stack <account>.dkr-ecr.<region>.<suffix>.
+	labels := strings.Split(strings.Replace(host, ".dkr.ecr", ".dkr/ecr", 1), ".")
+	kind := ""
+	if len(labels) > 3 {
+		kind = strings.Replace(labels[1], "/", ".", 1)
 	}
-	account, kind, region, suffix := m[1], m[2], m[3], m[4]
+	if !isDigits(labels[0]) || !slices.Contains([]string{"dkr.ecr", "dkr.ecr-fips", "dkr-ecr", "dkr-ecr-fips"}, kind) {
+		return "", checkOtherHost(host)
+	}
+	account, region, suffix := labels[0], labels[2], strings.Join(labels[3:], ".")
 	if len(account) != 12 {
 		return "", fmt.Errorf("must begin with an account ID of 12 digits, not of %d", len(account))
 	}
-	i := slices.IndexFunc(partitions, func(p partition) bool { return p.region.MatchString(region) })
+	i := slices.IndexFunc(partitions, func(p partition) bool { return p.has(region) })
 	if i < 0 {
 		return "", fmt.Errorf("has no AWS region in the place of %q", region)
 	}
@@ -306,6 +310,20 @@ func registryRegion(host string) (string, error) {
 		return "", fmt.Errorf("has the FIPS form, which region %s does not have", region)
 	}
 	return region, nil
+}
+
+// checkOtherHost rejects a host of AWS that names ECR but is no registry, such as the API's api.ecr.<region>; a VPC
+// endpoint or a load balancer in front of a proxy passes.
+func checkOtherHost(host string) error {
+	labels := strings.Split(host, ".")
+	aws := slices.ContainsFunc(partitions, func(p partition) bool {
+		return strings.HasSuffix(host, "."+p.suffix) || p.dualStackSuffix != "" && strings.HasSuffix(host, "."+p.dualStackSuffix)
+	})
+	ecr := slices.ContainsFunc(labels, func(l string) bool { return strings.HasPrefix(l, "ecr") || strings.HasPrefix(l, "dkr") })
+	if aws && ecr && !slices.Contains(labels, "vpce") {
+		return errors.New("is a host of AWS but no registry: it must be <account>.dkr.ecr.<region>.amazonaws.com")
+	}
+	return nil
 }
 
 // credentialSource says where the run's AWS credentials come from.
@@ -344,7 +362,7 @@ type awsSettings struct {
 	fips                     aws.FIPSEndpointState
 	dualStack                aws.DualStackEndpointState
 	maxAttempts              int            // of one AWS call; 0: the SDK's 3
-	roots                    *x509.CertPool // nil: the system's, else those in the binary
+	roots                    *x509.CertPool // that AWS's certificates must lead to
 }
 
 // parse fills a from the environment. It chooses exactly one source: when that one fails, the run fails, and does not
@@ -399,7 +417,7 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 		invalid("environment AWS_PROFILE", "profiles and shared files are not read; %s", sourceHelp)
 	}
 	for name, arn := range map[string]string{"environment AWS_ROLE_ARN": a.roleARN, "flag --assume-role-arn": a.assumeRoleARN} {
-		if arn != "" && !roleARN.MatchString(arn) {
+		if arn != "" && !isRoleARN(arn) {
 			invalid(name, "%q is not the ARN of a role, such as arn:aws:iam::123456789012:role/NAME", arn)
 		}
 	}
@@ -450,7 +468,9 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 			redact.add(password)
 		}
 	}
-	if path := getenv("AWS_CA_BUNDLE"); path != "" {
+	if path := getenv("AWS_CA_BUNDLE"); path == "" {
+		a.roots = publicRoots()
+	} else {
 		a.roots = x509.NewCertPool()
 		if pem, err := os.ReadFile(path); err != nil {
 			invalid("environment AWS_CA_BUNDLE", "%v", err)
@@ -460,7 +480,33 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 	}
 }
 
-var roleARN = regexp.MustCompile(`^arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+$`)
+// isRoleARN reports whether s has the form arn:<partition>:iam::<12 digits>:role/<path and name>.
+func isRoleARN(s string) bool {
+	parts := strings.SplitN(s, ":", 6)
+	return len(parts) == 6 && parts[0] == "arn" && strings.HasPrefix(parts[1], "aws") && parts[2] == "iam" && parts[3] == "" &&
+		len(parts[4]) == 12 && isDigits(parts[4]) && strings.HasPrefix(parts[5], "role/") && len(parts[5]) > len("role/") &&
+		!strings.ContainsFunc(parts[5], func(r rune) bool { return r <= ' ' || r > '~' })
+}
+
+// publicRoots returns the system's CAs, which SSL_CERT_FILE replaces, and in an image without any those in the binary.
+// It does what importing x509roots/fallback does, but not in runs that have AWS_CA_BUNDLE: parsing them takes 2 ms.
+func publicRoots() *x509.CertPool {
+	if system, err := x509.SystemCertPool(); err == nil && !system.Equal(x509.NewCertPool()) {
+		return system
+	}
+	roots := x509.NewCertPool()
+	for root := range bundle.Roots() {
+		cert, err := x509.ParseCertificate(root.Certificate)
+		switch {
+		case err != nil: // one that this Go refuses is not trusted
+		case root.Constraint != nil:
+			roots.AddCertWithConstraint(cert, root.Constraint)
+		default:
+			roots.AddCert(cert)
+		}
+	}
+	return roots
+}
 
 func isHTTPURL(s string) bool {
 	u, err := url.Parse(s)
