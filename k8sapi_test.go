@@ -412,3 +412,25 @@ func TestMissingNamespaceIsToldFromMissingSecret(t *testing.T) {
 		t.Errorf("hint %q", hintOf(err))
 	}
 }
+
+func TestOnlyTheServersWordThatTheSecretIsMissingCreatesIt(t *testing.T) {
+	for _, body := range []string{
+		`{"kind":"Status","reason":"NotFound","details":{"name":"shop","kind":"namespaces"},"code":404}`,
+		`{"kind":"Status","reason":"NotFound","details":{"name":"other","kind":"secrets"},"code":404}`,
+		`{"kind":"Status","reason":"NotFound","code":404}`, // no such API path
+		`404 page not found`,
+	} {
+		w := newWorld(t)
+		w.k8s.Intercept = func(n int, rw http.ResponseWriter, r *http.Request) bool {
+			rw.WriteHeader(http.StatusNotFound)
+			fmt.Fprint(rw, body)
+			return n == 1
+		}
+		client, _, _ := newTestClient(w)
+		_, err := client.writeSecret(t.Context(), testContent)
+		checkError(t, body, err, "patching secret shop/ecr-credentials: HTTP 404 Not Found")
+		if n := len(w.k8s.Requests()); n != 1 {
+			t.Errorf("%s: %d requests, want 1", body, n)
+		}
+	}
+}

@@ -304,9 +304,7 @@ func (s *settings) parseRegistries(getenv func(string) string, invalid func(name
 		default:
 			region = cmp.Or(region, s.region)
 			firstRegion = cmp.Or(firstRegion, region)
-			if !slices.Contains(s.regions[region], host) {
-				s.regions[region] = append(s.regions[region], host)
-			}
+			s.regions[region] = append(s.regions[region], host)
 		}
 	}
 	var fromEnv string
