@@ -136,6 +136,15 @@ func readServiceAccountFile(dir, name string) (string, error) {
 	return s, nil
 }
 
+// readToken returns the bearer token, which has to fit into a header.
+func readToken(dir string) (string, error) {
+	token, err := readServiceAccountFile(dir, "token")
+	if err == nil && strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "", fmt.Errorf("%s does not hold a token", filepath.Join(dir, "token"))
+	}
+	return token, err
+}
+
 // secretContent is what a run writes into the Secret.
 type secretContent struct {
 	dockerConfig []byte            // JSON of .dockerconfigjson
@@ -269,7 +278,7 @@ func isTransient(err error) bool {
 // send makes one attempt. It returns nil only when the answer is the metadata of this very Secret: a captive portal
 // answers 200 as well.
 func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) error {
-	token, err := readServiceAccountFile(c.serviceAccountDir, "token") // per attempt: the kubelet rotates it about hourly
+	token, err := readToken(c.serviceAccountDir) // per attempt: the kubelet rotates it about hourly
 	if err != nil {
 		return fmt.Errorf("reading the service-account token: %w", err)
 	}

@@ -263,7 +263,7 @@ func (s *settings) parseKubernetes(getenv func(string) string, apiServer string,
 		invalid(mount, "%v: the pod needs automountServiceAccountToken: true", err)
 		return
 	}
-	if _, err := readServiceAccountFile(s.serviceAccountDir, "token"); err != nil {
+	if _, err := readToken(s.serviceAccountDir); err != nil {
 		invalid(mount, "%v", err)
 	}
 	if pem, err := readServiceAccountFile(s.serviceAccountDir, "ca.crt"); err != nil {

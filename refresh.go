@@ -34,6 +34,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ecr"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
 	"golang.org/x/crypto/x509roots/fallback/bundle"
 )
 
@@ -704,7 +705,7 @@ const noMetadataHint = sourceHelp + "; on EC2, a pod needs the metadata option H
 // a server's whole body; of that only the code, message and request id of a real AWS error are kept.
 func (a *awsSettings) explain(ctx context.Context, doing string, err error, redact *redactor) error {
 	text, hint := a.diagnose(ctx, err)
-	if tried, ok := errors.AsType[*retry.MaxAttemptsError](err); ok {
+	if tried, ok := errors.AsType[*retry.MaxAttemptsError](err); ok && tried.Attempt > 1 {
 		text += fmt.Sprintf(" (tried %d times)", tried.Attempt)
 	}
 	return withHint(errors.New(doing+": "+oneLine(redact.text(text))), hint)
@@ -712,8 +713,8 @@ func (a *awsSettings) explain(ctx context.Context, doing string, err error, reda
 
 func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint string) {
 	operation := ""
-	if op, ok := errors.AsType[*smithy.OperationError](err); ok {
-		operation = op.OperationName
+	if op, ok := errors.AsType[*smithy.OperationError](err); ok && op.ServiceID != imds.ServiceID {
+		operation = op.OperationName // of ECR or STS
 	}
 	if file, ok := errors.AsType[*tokenFileError](err); ok {
 		return "reading the token: " + file.Error(), "the token must be projected into the pod and readable by its user (securityContext.fsGroup)"
@@ -736,8 +737,11 @@ func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint strin
 		}
 		return text, a.hintForCode(operation, api)
 	}
+	_, unsent := errors.AsType[*smithyhttp.RequestSendError](err)
 	_, garbled := errors.AsType[*smithy.DeserializationError](err)
 	switch {
+	case unsent: // before the others, as the SDK wraps this one in them as well
+		return a.diagnoseTransport(err, operation)
 	case answered && answer.HTTPStatusCode() >= 300:
 		text = fmt.Sprintf("HTTP %d %s, and the body is no AWS error", answer.HTTPStatusCode(), http.StatusText(answer.HTTPStatusCode()))
 	case answered || garbled:
@@ -746,6 +750,10 @@ func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint strin
 		return a.diagnoseTransport(err, operation)
 	}
 	switch {
+	case answered && answer.HTTPStatusCode() >= 500 && operation != "":
+		hint = "AWS, or a proxy before it, is unwell: the next run will try again"
+	case answered && answer.HTTPStatusCode() >= 300 && answer.HTTPStatusCode() < 400:
+		hint = "redirects are not followed, the credentials would go with them: is AWS_ENDPOINT_URL right, or does a captive portal answer?"
 	case operation != "":
 		hint = "something other than AWS answers: look for a proxy, a captive portal or a wrong AWS_ENDPOINT_URL"
 	case a.source == container:
@@ -773,6 +781,8 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 		return fmt.Sprintf("the identity must be allowed sts:AssumeRole on %s, and that role's trust policy must name it (and the external ID, if it asks for one: --assume-role-external-id)", a.assumeRoleARN)
 	case denied:
 		return "allow the action ecr:GetAuthorizationToken on resource * to this identity"
+	case operation == "AssumeRoleWithWebIdentity" && strings.HasPrefix(code, "ExpiredToken"):
+		return fmt.Sprintf("the kubelet must rotate the token in %s (a projected volume), and this node's clock must be right", a.webIdentityTokenFile)
 	case strings.HasPrefix(code, "ExpiredToken"):
 		return "the credentials have expired: renew them, or use access keys without a session token"
 	case code == "UnrecognizedClientException" || code == "InvalidClientTokenId" || code == "InvalidAccessKeyId":
@@ -797,6 +807,9 @@ func (a *awsSettings) diagnoseTransport(err error, operation string) (text, hint
 			text = u.Host + ": " + text
 		}
 	}
+	if _, cause, found := strings.Cut(text, "ec2imds: getToken, "); found { // which hides its parts from errors.As
+		text = "no session token of IMDSv2: " + cause
+	}
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	op, isOp := errors.AsType[*net.OpError](err)
 	_, refusedByProxy := errors.AsType[*proxyError](err)
@@ -805,7 +818,9 @@ func (a *awsSettings) diagnoseTransport(err error, operation string) (text, hint
 	case refusedByProxy || isOp && op.Op == "proxyconnect":
 		hint = "check HTTPS_PROXY and NO_PROXY, and whether the proxy allows this host"
 	case untrusted:
-		hint = "if a proxy with a CA of its own is in the way, mount that CA and name its file in AWS_CA_BUNDLE"
+		hint = "if a proxy with a CA of its own is in the way, mount that CA and name its file in AWS_CA_BUNDLE; if the certificate is not valid now, look at this node's clock"
+	case errors.Is(err, http.ErrSchemeMismatch):
+		hint = "something other than AWS answers: look for a proxy, a captive portal or a wrong AWS_ENDPOINT_URL"
 	case operation == "" && a.source == container:
 		hint = podIdentityHint
 	case operation == "" && a.source == instanceMetadata:
