@@ -4,11 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -256,7 +256,16 @@ func (c *kubeClient) patch(ctx context.Context, contentType string, patch secret
 // transportError is a request that got no answer, or only a part of one.
 type transportError struct{ error }
 
+func (e *transportError) Error() string { return transportText(e.error.Error()) }
 func (e *transportError) Unwrap() error { return e.error }
+
+// transportText is the text of a net/http error on one line, without what the server sent, which some of them quote.
+func transportText(s string) string {
+	if before, _, found := strings.Cut(s, "malformed "); found {
+		s = before + "the answer is not HTTP"
+	}
+	return oneLine(s)
+}
 
 // newTransportError drops the method and the long URL that net/http puts around its errors: explain names the Secret,
 // and the hint the server.
@@ -280,7 +289,7 @@ func isTransient(err error) bool {
 func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) error {
 	token, err := readToken(c.serviceAccountDir) // per attempt: the kubelet rotates it about hourly
 	if err != nil {
-		return fmt.Errorf("reading the service-account token: %w", err)
+		return fmt.Errorf("%w: %w", errNoToken, err)
 	}
 	c.redact.add(token)
 
@@ -309,7 +318,7 @@ func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) 
 		return parseStatus(resp.StatusCode, resp.Header.Get("Retry-After"), answer, c.redact)
 	}
 	if err != nil {
-		return newTransportError(err)
+		return newTransportError(fmt.Errorf("the answer broke off: %w", err))
 	}
 	var object struct {
 		Kind     string
@@ -322,6 +331,9 @@ func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) 
 	}
 	return nil
 }
+
+// errNoToken says that the token of the mount cannot be used.
+var errNoToken = errors.New("reading the service-account token")
 
 // errNotKubernetes says that a proxy, a captive portal or a wrong server answered.
 var errNotKubernetes = errors.New("the answer is not the Kubernetes API's")
@@ -432,8 +444,11 @@ func (c *kubeClient) rbacRule(verbs string) string {
 func (c *kubeClient) hint(err error) string {
 	se, ok := errors.AsType[*statusError](err)
 	if !ok {
-		if pe, isPath := errors.AsType[*fs.PathError](err); isPath {
-			return fmt.Sprintf("the pod must mount its service-account token so that this user can read %s (automountServiceAccountToken: true)", pe.Path)
+		if errors.Is(err, errNoToken) {
+			return fmt.Sprintf("it was there when the run began: does the pod still mount its token in %s, so that this user can read it?", c.serviceAccountDir)
+		}
+		if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
+			return fmt.Sprintf("is this node's clock right? Else the certificate of %s must be renewed", c.server)
 		}
 		if _, untrusted := errors.AsType[*tls.CertificateVerificationError](err); untrusted {
 			return fmt.Sprintf("the certificate of %s must be issued by the CA in %s/ca.crt and be valid for that address", c.server, c.serviceAccountDir)
@@ -462,6 +477,10 @@ func (c *kubeClient) hint(err error) string {
 		return fmt.Sprintf("the Secret's type is not kubernetes.io/dockerconfigjson and cannot be changed: choose another --secret, or delete it (kubectl delete secret %s -n %s) and run again", c.name, c.namespace)
 	case se.Code == http.StatusUnprocessableEntity && slices.Contains(se.Fields, "data") && strings.Contains(se.Message, "immutable"):
 		return fmt.Sprintf("the Secret is marked immutable, which cannot be undone: delete it (kubectl delete secret %s -n %s) and run again", c.name, c.namespace)
+	case se.Code == http.StatusUnprocessableEntity && slices.Contains(se.Fields, "data") && strings.Contains(se.Message, "Too long"):
+		return "beside the Secret's other data there is no room for the token: choose another --secret, or give it fewer registries"
+	case se.Code == http.StatusConflict:
+		return "somebody else writes this Secret at the same time: the next run will try again"
 	case se.Code == http.StatusUnprocessableEntity:
 		return fmt.Sprintf("the Secret holds something that the API server rejects: look at it with kubectl get secret %s -n %s -o yaml, or delete it and run again", c.name, c.namespace)
 	case se.Code == http.StatusTooManyRequests || se.Code >= 500:

@@ -652,10 +652,12 @@ func retrieve(ctx context.Context, provider aws.CredentialsProvider, redact *red
 	}
 	redact.add(creds.SecretAccessKey, creds.SessionToken)
 	if !creds.HasKeys() {
-		return nil, errors.New("the answer holds no access key")
+		return nil, errNoKey
 	}
 	return credentials.StaticCredentialsProvider{Value: creds}, nil
 }
+
+var errNoKey = errors.New("the answer holds no access key")
 
 func (a *awsSettings) stsClient(creds aws.CredentialsProvider) *sts.Client {
 	return sts.New(sts.Options{
@@ -704,14 +706,15 @@ const noMetadataHint = sourceHelp + "; on EC2, a pod needs the metadata option H
 // explain turns an error of the SDK into one line and a hint. The SDK's own text wraps the cause five times and may hold
 // a server's whole body; of that only the code, message and request id of a real AWS error are kept.
 func (a *awsSettings) explain(ctx context.Context, doing string, err error, redact *redactor) error {
-	text, hint := a.diagnose(ctx, err)
+	text, hint := a.diagnose(ctx, err, redact)
+	text = redact.text(text)
 	if tried, ok := errors.AsType[*retry.MaxAttemptsError](err); ok && tried.Attempt > 1 {
 		text += fmt.Sprintf(" (tried %d times)", tried.Attempt)
 	}
-	return withHint(errors.New(doing+": "+oneLine(redact.text(text))), hint)
+	return withHint(errors.New(doing+": "+text), hint)
 }
 
-func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint string) {
+func (a *awsSettings) diagnose(ctx context.Context, err error, redact *redactor) (text, hint string) {
 	operation := ""
 	if op, ok := errors.AsType[*smithy.OperationError](err); ok && op.ServiceID != imds.ServiceID {
 		operation = op.OperationName // of ECR or STS
@@ -727,25 +730,31 @@ func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint strin
 		HTTPStatusCode() int
 	}](err)
 	if api, ok := errors.AsType[smithy.APIError](err); ok && api.ErrorCode() != "" && api.ErrorCode() != "UnknownError" {
-		text = api.ErrorCode() + ": " + api.ErrorMessage()
+		text = oneLine(redact.text(api.ErrorCode() + ": " + api.ErrorMessage()))
 		if answered {
 			text += fmt.Sprintf(" (HTTP %d", answer.HTTPStatusCode())
 			if id, ok := errors.AsType[*awshttp.ResponseError](err); ok && id.RequestID != "" {
-				text += ", request ID " + id.RequestID
+				text += ", request ID " + oneLine(id.RequestID)
 			}
 			text += ")"
 		}
 		return text, a.hintForCode(operation, api)
 	}
 	_, unsent := errors.AsType[*smithyhttp.RequestSendError](err)
+	_, broken := errors.AsType[*net.OpError](err) // in the middle of the answer
 	_, garbled := errors.AsType[*smithy.DeserializationError](err)
 	switch {
-	case unsent: // before the others, as the SDK wraps this one in them as well
+	case unsent || broken: // before the others, as the SDK wraps this one in them as well
 		return a.diagnoseTransport(err, operation)
 	case answered && answer.HTTPStatusCode() >= 300:
-		text = fmt.Sprintf("HTTP %d %s, and the body is no AWS error", answer.HTTPStatusCode(), http.StatusText(answer.HTTPStatusCode()))
+		text = fmt.Sprintf("HTTP %d %s", answer.HTTPStatusCode(), http.StatusText(answer.HTTPStatusCode()))
+		if operation != "" { // agent and metadata service answer in plain text
+			text += ", and the body is no AWS error"
+		}
+	case errors.Is(err, errNoKey):
+		text = err.Error()
 	case answered || garbled:
-		text = "the answer cannot be read as AWS's"
+		text = "the answer is not AWS's, or was cut short"
 	default:
 		return a.diagnoseTransport(err, operation)
 	}
@@ -754,17 +763,21 @@ func (a *awsSettings) diagnose(ctx context.Context, err error) (text, hint strin
 		hint = "AWS, or a proxy before it, is unwell: the next run will try again"
 	case answered && answer.HTTPStatusCode() >= 300 && answer.HTTPStatusCode() < 400:
 		hint = "redirects are not followed, the credentials would go with them: is AWS_ENDPOINT_URL right, or does a captive portal answer?"
-	case operation != "":
-		hint = "something other than AWS answers: look for a proxy, a captive portal or a wrong AWS_ENDPOINT_URL"
-	case a.source == container:
+	case operation == "" && a.source == container:
 		hint = podIdentityHint
+	case operation == "" && a.source == instanceMetadata:
+		hint = instanceRoleHint
 	default:
-		hint = "does the instance have an IAM role? Else " + sourceHelp
+		hint = "something other than AWS answers: look for a proxy, a captive portal or a wrong AWS_ENDPOINT_URL"
 	}
 	return text, hint
 }
 
-const podIdentityHint = "does an EKS Pod Identity association exist for this namespace and ServiceAccount, and does the eks-pod-identity-agent run on this node?"
+// Hints of the two sources that are not AWS's own endpoints.
+const (
+	instanceRoleHint = "does the instance have an IAM role that EC2 may assume? Else " + sourceHelp
+	podIdentityHint  = "does an EKS Pod Identity association exist for this namespace and ServiceAccount, and does the eks-pod-identity-agent run on this node?"
+)
 
 // hintForCode names the cure of an error that AWS itself answered.
 func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string {
@@ -773,6 +786,8 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 	switch {
 	case operation == "" && a.source == container:
 		return podIdentityHint
+	case operation == "" && a.source == instanceMetadata:
+		return instanceRoleHint
 	case operation == "AssumeRoleWithWebIdentity" && denied:
 		return fmt.Sprintf("does the role %s exist, and does its trust policy allow sts:AssumeRoleWithWebIdentity to this cluster's OIDC provider, for sub system:serviceaccount:NAMESPACE:SERVICEACCOUNT and aud sts.amazonaws.com?", a.roleARN)
 	case operation == "AssumeRoleWithWebIdentity" && (code == "InvalidIdentityToken" || strings.HasPrefix(code, "IDP")):
@@ -783,6 +798,9 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 		return "allow the action ecr:GetAuthorizationToken on resource * to this identity"
 	case operation == "AssumeRoleWithWebIdentity" && strings.HasPrefix(code, "ExpiredToken"):
 		return fmt.Sprintf("the kubelet must rotate the token in %s (a projected volume), and this node's clock must be right", a.webIdentityTokenFile)
+	case operation == "GetAuthorizationToken" && (a.source != accessKeys || a.assumeRoleARN != "") &&
+		(strings.HasPrefix(code, "ExpiredToken") || code == "UnrecognizedClientException"): // the run was given them just now
+		return "AWS does not take the credentials that it issued: is the region enabled in the account, and of the role's partition? Is this node's clock right?"
 	case strings.HasPrefix(code, "ExpiredToken"):
 		return "the credentials have expired: renew them, or use access keys without a session token"
 	case code == "UnrecognizedClientException" || code == "InvalidClientTokenId" || code == "InvalidAccessKeyId":
@@ -790,7 +808,7 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 	case strings.HasPrefix(code, "RequestTime") || code == "RequestExpired" || code == "RequestInTheFuture" ||
 		strings.HasPrefix(message, "Signature expired") || strings.HasPrefix(message, "Signature not yet current"):
 		return "this node's clock is wrong: set it, AWS allows 5 minutes"
-	case code == "InvalidSignatureException" || code == "SignatureDoesNotMatch" || code == "IncompleteSignature":
+	case code == "InvalidSignatureException" || code == "SignatureDoesNotMatch" || strings.HasPrefix(code, "IncompleteSignature"):
 		return "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID, or was copied in part; a wrong clock on this node shows the same"
 	case strings.Contains(code, "Throttl") || code == "TooManyRequestsException" || code == "ServerException" || code == "InternalFailure" || code == "ServiceUnavailable":
 		return "AWS is throttling or unwell: the next run will try again"
@@ -801,17 +819,24 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 // diagnoseTransport explains why no answer came.
 func (a *awsSettings) diagnoseTransport(err error, operation string) (text, hint string) {
 	text = err.Error()
+	dns, isDNS := errors.AsType[*net.DNSError](err)
+	op, isOp := errors.AsType[*net.OpError](err)
+	if isOp { // without what the SDK puts around it
+		text = op.Error()
+	}
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		text = ue.Err.Error()
 		if u, err := url.Parse(ue.URL); err == nil {
 			text = u.Host + ": " + text
 		}
 	}
-	if _, cause, found := strings.Cut(text, "ec2imds: getToken, "); found { // which hides its parts from errors.As
-		text = "no session token of IMDSv2: " + cause
+	if _, cause, found := strings.Cut(text, "ec2imds: getToken, "); found { // IMDS's client hides its errors' parts from errors.As
+		if _, sent, found := strings.Cut(cause, "request send failed, "); found {
+			cause = sent
+		}
+		text = "no other source is configured, and the instance metadata service gives no session token: " + cause
 	}
-	dns, isDNS := errors.AsType[*net.DNSError](err)
-	op, isOp := errors.AsType[*net.OpError](err)
+	text = transportText(text)
 	_, refusedByProxy := errors.AsType[*proxyError](err)
 	_, untrusted := errors.AsType[*tls.CertificateVerificationError](err)
 	switch {
