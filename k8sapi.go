@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -57,8 +58,8 @@ type kubeClient struct {
 }
 
 // newKubeClient returns a client that trusts the certificates in roots only, and neither uses a proxy nor follows a
-// redirect: either would hand the bearer token to another host.
-func newKubeClient(s *settings, redact *redactor, log *slog.Logger) *kubeClient {
+// redirect: either would hand the bearer token to another host. It starts to connect at once.
+func newKubeClient(ctx context.Context, s *settings, redact *redactor, log *slog.Logger) *kubeClient {
 	return &kubeClient{
 		server:            s.apiServer,
 		serviceAccountDir: s.serviceAccountDir,
@@ -71,12 +72,44 @@ func newKubeClient(s *settings, redact *redactor, log *slog.Logger) *kubeClient 
 		http: &http.Client{
 			Timeout:       attemptTimeout,
 			CheckRedirect: noRedirect,
-			Transport: &http.Transport{
-				DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
-				TLSHandshakeTimeout: tlsTimeout,
-				TLSClientConfig:     &tls.Config{RootCAs: s.apiServerRoots, MinVersion: tls.VersionTLS12},
-			},
+			Transport:     &http.Transport{DialTLSContext: connectAhead(ctx, s.apiServer, s.apiServerRoots)},
 		},
+	}
+}
+
+// connectAhead starts to connect to the server, and returns a dial function whose first call gets that connection: its
+// handshake, a quarter of a run, passes while AWS answers. A connection that has waited for long is not used, since the
+// server may have closed it.
+func connectAhead(ctx context.Context, server *url.URL, roots *x509.CertPool) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	dialer := &tls.Dialer{NetDialer: &net.Dialer{Timeout: dialTimeout}, Config: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}
+	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeout(ctx, dialTimeout+tlsTimeout)
+		defer cancel()
+		conn, err := dialer.DialContext(ctx, network, addr)
+		if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+			err = http.ErrSchemeMismatch // as net/http's own dial function says it
+		}
+		return conn, err
+	}
+	type ready struct {
+		conn net.Conn
+		at   time.Time
+	}
+	ahead := make(chan ready, 1)
+	go func() {
+		defer close(ahead)
+		if conn, err := dial(ctx, "tcp", net.JoinHostPort(server.Hostname(), cmp.Or(server.Port(), "443"))); err == nil {
+			ahead <- ready{conn, time.Now()}
+		}
+	}()
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if first, ok := <-ahead; ok {
+			if time.Since(first.at) < dialTimeout {
+				return first.conn, nil
+			}
+			first.conn.Close()
+		}
+		return dial(ctx, network, addr)
 	}
 }
 
@@ -219,6 +252,7 @@ func (c *kubeClient) patch(ctx context.Context, contentType string, patch secret
 		return err
 	}
 	unauthorized := 0
+	starting := false // the API server did not answer, or failed, at the attempt before
 	for attempt := 1; ; attempt++ {
 		err := c.send(ctx, contentType, body)
 		if err == nil {
@@ -237,8 +271,14 @@ func (c *kubeClient) patch(ctx context.Context, contentType string, patch secret
 			}
 		case isStatus && (se.Code == http.StatusTooManyRequests || se.Code >= 500):
 			delay += se.RetryAfter
+			starting = true
+		case isStatus && se.Code == http.StatusForbidden && starting:
+			// An API server that starts refuses everything until it has read its RBAC rules.
+			starting = false
 		case isStatus || !isTransient(err):
 			return err
+		default:
+			starting = true
 		}
 		if attempt == maxAttempts {
 			return fmt.Errorf("%w (tried %d times)", err, attempt)

@@ -138,7 +138,7 @@ func newTestClient(w *world) (c *kubeClient, waits *[]time.Duration, logged *str
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(w.ca.PEM())
 	waits, logged = &[]time.Duration{}, &strings.Builder{}
-	c = newKubeClient(&settings{apiServer: server, apiServerRoots: roots, serviceAccountDir: w.mount, namespace: ns, secret: name},
+	c = newKubeClient(w.t.Context(), &settings{apiServer: server, apiServerRoots: roots, serviceAccountDir: w.mount, namespace: ns, secret: name},
 		&redactor{}, slog.New(slog.NewTextHandler(logged, nil)))
 	c.sleep = func(_ context.Context, d time.Duration) error {
 		*waits = append(*waits, d)

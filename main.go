@@ -358,36 +358,39 @@ func hintOf(err error) string {
 // redactor removes secrets from texts that are about to be printed. It is safe for concurrent use.
 type redactor struct {
 	mu      sync.Mutex
-	secrets []string // the longest first
+	secrets []string
+	forms   []string // of the secrets, the longest first; nil until a text needs them, as in a good run none does
 }
 
-// add makes secrets known, each with the forms in which a server may send it back: base64, URL-encoded, quoted.
-// Those of less than 4 bytes are left out: their removal would garble any text and hide little.
+// add makes secrets known. Those of less than 4 bytes are left out: their removal would garble any text and hide little.
 func (r *redactor) add(secrets ...string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, s := range secrets {
-		if len(s) < 4 {
-			continue
-		}
-		b := []byte(s)
-		quoted := fmt.Sprintf("%q", s)
-		for _, form := range []string{s, base64.StdEncoding.EncodeToString(b), base64.RawStdEncoding.EncodeToString(b),
-			base64.URLEncoding.EncodeToString(b), base64.RawURLEncoding.EncodeToString(b),
-			url.QueryEscape(s), url.PathEscape(s), quoted[1 : len(quoted)-1]} {
-			if !slices.Contains(r.secrets, form) {
-				r.secrets = append(r.secrets, form)
-			}
+		if len(s) >= 4 && !slices.Contains(r.secrets, s) {
+			r.secrets = append(r.secrets, s)
+			r.forms = nil
 		}
 	}
-	slices.SortFunc(r.secrets, func(a, b string) int { return len(b) - len(a) })
 }
 
+// text returns s without the secrets, and without the forms in which a server may send them back: base64, URL-encoded,
+// quoted.
 func (r *redactor) text(s string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, secret := range r.secrets {
-		s = strings.ReplaceAll(s, secret, "[redacted]")
+	if r.forms == nil {
+		for _, s := range r.secrets {
+			b := []byte(s)
+			quoted := fmt.Sprintf("%q", s)
+			r.forms = append(r.forms, s, base64.StdEncoding.EncodeToString(b), base64.RawStdEncoding.EncodeToString(b),
+				base64.URLEncoding.EncodeToString(b), base64.RawURLEncoding.EncodeToString(b),
+				url.QueryEscape(s), url.PathEscape(s), quoted[1:len(quoted)-1])
+		}
+		slices.SortFunc(r.forms, func(a, b string) int { return len(b) - len(a) })
+	}
+	for _, form := range r.forms {
+		s = strings.ReplaceAll(s, form, "[redacted]")
 	}
 	return s
 }

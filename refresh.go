@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"net"
@@ -64,6 +63,7 @@ func (r *result) verb(dryRun bool) string {
 // refresh is one run: credentials, one token per region, docker config, Secret. It writes nothing unless all tokens
 // are there.
 func refresh(ctx context.Context, s *settings, redact *redactor, log *slog.Logger) (*result, error) {
+	client := newKubeClient(ctx, s, redact, log)
 	creds, err := s.aws.credentials(ctx, redact, log)
 	if err != nil {
 		return nil, err
@@ -91,7 +91,7 @@ func refresh(ctx context.Context, s *settings, redact *redactor, log *slog.Logge
 		return nil, err
 	}
 	redact.add(string(config))
-	done.created, err = newKubeClient(s, redact, log).writeSecret(ctx, secretContent{
+	done.created, err = client.writeSecret(ctx, secretContent{
 		dockerConfig: config,
 		annotations: map[string]string{
 			"ecr-refresher/expires-at":   done.expiresAt.UTC().Format(time.RFC3339),
@@ -220,12 +220,12 @@ func decodeToken(token string, redact *redactor) (dockerAuth, error) {
 
 // checkRegistryHost accepts a host name, with a port or without.
 func checkRegistryHost(host string) error {
+	if strings.Contains(host, "/") {
+		return errors.New("is more than a host: leave out scheme and path")
+	}
 	name, port, hasPort := strings.Cut(host, ":")
 	if n, err := strconv.ParseUint(port, 10, 16); hasPort && (err != nil || n == 0) {
 		return errors.New("has no valid port after its ':'")
-	}
-	if strings.Contains(name, "/") {
-		return errors.New("is more than a host: leave out scheme and path")
 	}
 	if i := strings.IndexFunc(name, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '-' && r != '.'
@@ -240,23 +240,24 @@ func checkRegistryHost(host string) error {
 }
 
 // partition is one of AWS's separate groups of regions, each with DNS suffixes of its own.
-// https://docs.aws.amazon.com/general/latest/gr/ecr.html and the partitions table of the AWS SDKs
+// https://docs.aws.amazon.com/general/latest/gr/ecr.html, the partitions table of the AWS SDKs and, for dual-stack, the
+// registry patterns of https://github.com/aws/amazon-ecs-agent
 type partition struct {
 	regions         []string // how the names of its regions begin; a word, a hyphen and a number follow
 	suffix          string   // of <account>.dkr.ecr.<region>.<suffix>
-	dualStackSuffix string   // of <account>.dkr-ecr.<region>.<suffix>; empty where there is none
+	dualStackSuffix string   // of <account>.dkr-ecr.<region>.<suffix>
 	fips            bool     // whether dkr.ecr-fips and dkr-ecr-fips exist
 }
 
 var partitions = []partition{
 	{[]string{"us-", "eu-", "ap-", "sa-", "ca-", "me-", "af-", "il-", "mx-"}, "amazonaws.com", "on.aws", true},
 	{[]string{"us-gov-"}, "amazonaws.com", "on.aws", true},
-	{[]string{"cn-"}, "amazonaws.com.cn", "", false},
-	{[]string{"eusc-de-"}, "amazonaws.eu", "", false},
-	{[]string{"us-iso-"}, "c2s.ic.gov", "", true},
-	{[]string{"us-isob-"}, "sc2s.sgov.gov", "", true},
-	{[]string{"eu-isoe-"}, "cloud.adc-e.uk", "", true},
-	{[]string{"us-isof-", "eu-isof-"}, "csp.hci.ic.gov", "", true},
+	{[]string{"cn-"}, "amazonaws.com.cn", "on.amazonwebservices.com.cn", false},
+	{[]string{"eusc-de-"}, "amazonaws.eu", "on.amazonwebservices.eu", false},
+	{[]string{"us-iso-"}, "c2s.ic.gov", "on.aws.ic.gov", true},
+	{[]string{"us-isob-"}, "sc2s.sgov.gov", "on.aws.scloud", true},
+	{[]string{"eu-isoe-"}, "cloud.adc-e.uk", "on.cloud-aws.adc-e.uk", true},
+	{[]string{"us-isof-"}, "csp.hci.ic.gov", "on.aws.hci.ic.gov", true},
 }
 
 // has reports whether region is one of the partition's, or a later one of the same form: us-gov- and west-1.
@@ -277,7 +278,7 @@ func registryRegion(host string) (string, error) {
 	if err := checkRegistryHost(host); err != nil {
 		return "", err
 	}
-	if host == "public.ecr.aws" {
+	if host == "public.ecr.aws" || host == "ecr-public.aws.com" {
 		return "", errors.New("is Amazon ECR Public, which has another API and lets everybody pull: it needs no Secret")
 	}
 	// <account>.dkr.ecr.<region>.<suffix> has one label more than the dual-stack <account>.dkr-ecr.<region>.<suffix>.
@@ -303,8 +304,6 @@ func registryRegion(host string) (string, error) {
 		want = p.dualStackSuffix
 	}
 	switch {
-	case want == "":
-		return "", fmt.Errorf("has the dual-stack form, which region %s does not have", region)
 	case suffix != want:
 		return "", fmt.Errorf("must end in %s for %s in region %s", want, kind, region)
 	case strings.HasSuffix(kind, "-fips") && !p.fips:
@@ -318,7 +317,7 @@ func registryRegion(host string) (string, error) {
 func checkOtherHost(host string) error {
 	labels := strings.Split(host, ".")
 	aws := slices.ContainsFunc(partitions, func(p partition) bool {
-		return strings.HasSuffix(host, "."+p.suffix) || p.dualStackSuffix != "" && strings.HasSuffix(host, "."+p.dualStackSuffix)
+		return strings.HasSuffix(host, "."+p.suffix) || strings.HasSuffix(host, "."+p.dualStackSuffix)
 	})
 	ecr := slices.ContainsFunc(labels, func(l string) bool { return strings.HasPrefix(l, "ecr") || strings.HasPrefix(l, "dkr") })
 	if aws && ecr && !slices.Contains(labels, "vpce") {
@@ -373,6 +372,14 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 	a.roleARN, a.webIdentityTokenFile, a.roleSessionName = getenv("AWS_ROLE_ARN"), getenv("AWS_WEB_IDENTITY_TOKEN_FILE"), getenv("AWS_ROLE_SESSION_NAME")
 	a.containerToken, a.containerTokenFile = getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN"), getenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
 	a.metadataEndpoint = getenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")
+	for _, name := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN"} {
+		if v := getenv(name); v != strings.TrimSpace(v) || strings.ContainsAny(v, "\r\n") {
+			invalid("environment "+name, "it holds a line break, or white space at an end: was the Secret made with echo instead of printf?")
+		}
+	}
+	if a.roleSessionName != "" && !isRoleSessionName(a.roleSessionName) {
+		invalid("environment AWS_ROLE_SESSION_NAME", "%q is not 2 to 64 letters, digits and _+=,.@-", a.roleSessionName)
+	}
 
 	var configured []credentialSource
 	pair := func(source credentialSource, name1, value1, name2, value2 string) {
@@ -395,12 +402,11 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 		if relative != "" {
 			name = "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"
 			a.containerURL = "http://169.254.170.2" + relative
-			if !strings.HasPrefix(relative, "/") { // "@example.com/" would make another host of it
-				invalid("environment "+name, "%q does not begin with a slash", relative)
-			}
 		}
-		if err := checkContainerURL(a.containerURL); err != nil {
-			invalid("environment "+name, "%q %v", a.containerURL, err)
+		if relative != "" && !strings.HasPrefix(relative, "/") { // "@example.com/" would make another host of it
+			invalid("environment "+name, "%q does not begin with a slash", relative)
+		} else if err := checkContainerURL(a.containerURL); err != nil {
+			invalid("environment "+name, "%v", err)
 		}
 	}
 	if len(configured) > 0 {
@@ -417,9 +423,9 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 	if profile := getenv("AWS_PROFILE"); profile != "" {
 		invalid("environment AWS_PROFILE", "profiles and shared files are not read; %s", sourceHelp)
 	}
-	for name, arn := range map[string]string{"environment AWS_ROLE_ARN": a.roleARN, "flag --assume-role-arn": a.assumeRoleARN} {
-		if arn != "" && !isRoleARN(arn) {
-			invalid(name, "%q is not the ARN of a role, such as arn:aws:iam::123456789012:role/NAME", arn)
+	for _, arn := range []struct{ name, value string }{{"environment AWS_ROLE_ARN", a.roleARN}, {"flag --assume-role-arn", a.assumeRoleARN}} {
+		if arn.value != "" && !isRoleARN(arn.value) {
+			invalid(arn.name, "%q is not the ARN of a role, such as arn:aws:iam::123456789012:role/NAME", arn.value)
 		}
 	}
 	if a.assumeRoleExternalID != "" && a.assumeRoleARN == "" {
@@ -438,12 +444,17 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 		return nil
 	}
 	a.ecrEndpoint, a.stsEndpoint = endpoint("AWS_ENDPOINT_URL_ECR"), endpoint("AWS_ENDPOINT_URL_STS")
+	custom := a.ecrEndpoint != nil || a.stsEndpoint != nil && (a.source == webIdentity || a.assumeRoleARN != "")
 	boolean := func(name string) bool {
 		v := getenv(name)
 		if v != "" && !strings.EqualFold(v, "true") && !strings.EqualFold(v, "false") {
 			invalid("environment "+name, "%q is neither true nor false", v)
 		}
-		return strings.EqualFold(v, "true")
+		on := strings.EqualFold(v, "true")
+		if on && custom { // the SDK would refuse the call
+			invalid("environment "+name, "it chooses an endpoint, and so does AWS_ENDPOINT_URL: unset one")
+		}
+		return on
 	}
 	if boolean("AWS_USE_FIPS_ENDPOINT") {
 		a.fips = aws.FIPSEndpointStateEnabled
@@ -489,6 +500,13 @@ func isRoleARN(s string) bool {
 		!strings.ContainsFunc(parts[5], func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
+// isRoleSessionName checks the form that https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html gives.
+func isRoleSessionName(s string) bool {
+	return len(s) >= 2 && len(s) <= 64 && !strings.ContainsFunc(s, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune("_+=,.@-", r)
+	})
+}
+
 // publicRoots returns the system's CAs, which SSL_CERT_FILE replaces, and in an image without any those in the binary.
 // It does what importing x509roots/fallback does, but not in runs that have AWS_CA_BUNDLE: parsing them takes 2 ms.
 func publicRoots() *x509.CertPool {
@@ -520,7 +538,7 @@ func isHTTPURL(s string) bool {
 func checkContainerURL(s string) error {
 	u, err := url.Parse(s)
 	if err != nil || u.User != nil || u.Hostname() == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return errors.New("is not a plain http or https URL")
+		return errors.New("it is not an http or https URL without a user") // which may hold a password
 	}
 	if u.Scheme == "https" {
 		return nil
@@ -532,7 +550,7 @@ func checkContainerURL(s string) error {
 	case err == nil && addr.Zone() == "" && (addr.IsLoopback() || slices.Contains(agentAddrs, addr)):
 		return nil
 	}
-	return errors.New("is plain http to a host other than loopback, 169.254.170.2, 169.254.170.23 and [fd00:ec2::23]: use https")
+	return fmt.Errorf("it is plain http to %q, a host other than loopback, 169.254.170.2, 169.254.170.23 and [fd00:ec2::23]: use https", u.Hostname())
 }
 
 // agentAddrs are where ECS and the EKS Pod Identity agent (IPv4, IPv6) listen.
@@ -574,10 +592,7 @@ type boundedTransport struct{ next http.RoundTripper }
 func (t boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.next.RoundTrip(req)
 	if err == nil {
-		resp.Body = struct {
-			io.Reader
-			io.Closer
-		}{io.LimitReader(resp.Body, maxBody), resp.Body}
+		resp.Body = http.MaxBytesReader(nil, resp.Body, maxBody) // an error beyond it: the SDK may take a cut answer for whole
 	}
 	return resp, err
 }
@@ -600,7 +615,8 @@ func (a *awsSettings) credentials(ctx context.Context, redact *redactor, log *sl
 				o.RoleSessionName = cmp.Or(a.roleSessionName, "ecr-refresher")
 			})
 	case container:
-		doing += " at " + a.containerURL
+		u, _ := url.Parse(a.containerURL) // checkContainerURL did already
+		doing += " at " + u.Host          // the path may hold an ID that is enough to get them
 		token := a.containerToken
 		if a.containerTokenFile != "" {
 			var err error
