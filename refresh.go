@@ -661,7 +661,12 @@ func (a *awsSettings) credentials(ctx context.Context, redact *redactor, log *sl
 }
 
 // retrieve gets the credentials once, and makes their secrets known before they can appear anywhere.
-func retrieve(ctx context.Context, provider aws.CredentialsProvider, redact *redactor) (aws.CredentialsProvider, error) {
+func retrieve(ctx context.Context, provider aws.CredentialsProvider, redact *redactor) (_ aws.CredentialsProvider, err error) {
+	defer func() {
+		if recover() != nil { // endpointcreds follows a nil pointer when the answer is the JSON null
+			err = errNoKey
+		}
+	}()
 	creds, err := provider.Retrieve(ctx)
 	if err != nil {
 		return nil, err
@@ -764,8 +769,10 @@ func (a *awsSettings) diagnose(ctx context.Context, err error, redact *redactor)
 		return a.diagnoseTransport(err, operation)
 	case answered && answer.HTTPStatusCode() >= 300:
 		text = fmt.Sprintf("HTTP %d %s", answer.HTTPStatusCode(), http.StatusText(answer.HTTPStatusCode()))
-		if operation != "" { // agent and metadata service answer in plain text
+		if operation != "" {
 			text += ", and the body is no AWS error"
+		} else if agent, ok := errors.AsType[smithy.APIError](err); ok && strings.HasPrefix(agent.ErrorMessage(), "[") && strings.Contains(agent.ErrorMessage(), "]: (") {
+			text += ": " + oneLine(redact.text(agent.ErrorMessage())) // how the EKS agent passes on an AWS error: [request ID]: (code): message
 		}
 	case errors.Is(err, errNoKey):
 		text = err.Error()

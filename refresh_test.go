@@ -1334,13 +1334,13 @@ var awsFailures = []struct {
 	// EKS Pod Identity and ECS.
 	{"no association", func(w *world) {
 		w.podIdentity().Intercept = agentError(404, "ResourceNotFoundException", "No association found for service account refresher in namespace shop")
-	}, nil, agentCall + "HTTP 404 Not Found", agentHint},
+	}, nil, agentCall + "HTTP 404 Not Found: [UUID]: (ResourceNotFoundException): No association found for service account refresher in namespace shop, fault: client", agentHint},
 	{"agent that rejects the token", func(w *world) { w.podIdentity().Token = "another" }, nil,
-		agentCall + "HTTP 400 Bad Request", agentHint},
+		agentCall + "HTTP 400 Bad Request: [UUID]: (InvalidTokenException): The token included in the request is invalid, fault: client", agentHint},
 	{"agent without a token", func(w *world) { w.podIdentity(); delete(w.env, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE") }, nil,
 		agentCall + "HTTP 400 Bad Request", agentHint},
 	{"agent out of order", func(w *world) { w.podIdentity().Intercept = agentError(500, "InternalServerException", "down") }, nil,
-		agentCall + "HTTP 500 Internal Server Error (tried 3 times)", agentHint},
+		agentCall + "HTTP 500 Internal Server Error: [UUID]: (InternalServerException): down, fault: server (tried 3 times)", agentHint},
 	{"agent that speaks JSON", func(w *world) {
 		w.podIdentity().Intercept = answer(400, "application/json", `{"code":"AccessDeniedException","message":"not here"}`)
 	}, nil, agentCall + "AccessDeniedException: not here (HTTP 400)", agentHint},
@@ -1349,6 +1349,10 @@ var awsFailures = []struct {
 	{"agent that answers 200 with HTML", func(w *world) { w.podIdentity().Intercept = answer(200, "text/html", "<h1>"+jwt+"</h1>") }, nil,
 		agentCall + "the answer is not AWS's, or was cut short", agentHint},
 	{"agent that issues no key", func(w *world) { w.podIdentity().Intercept = answer(200, "application/json", "{}") }, nil,
+		agentCall + "the answer holds no access key", agentHint},
+	{"agent that answers null", func(w *world) { w.podIdentity().Intercept = answer(200, "application/json", "null") }, nil,
+		agentCall + "the answer holds no access key", agentHint},
+	{"agent that answers 400 with null", func(w *world) { w.podIdentity().Intercept = answer(400, "application/json", "null") }, nil,
 		agentCall + "the answer holds no access key", agentHint},
 	{"agent that redirects", func(w *world) {
 		w.podIdentity().Intercept = redirect(w)

@@ -3,6 +3,7 @@ package standin
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"mime"
@@ -181,8 +182,8 @@ func (k *Kubernetes) authorize(user string, r *http.Request) (attributes, *statu
 	}[r.Method]}
 	if len(parts) == 7 {
 		a.name = parts[6]
-	} else if a.verb == "get" {
-		a.verb = "list"
+	} else if verb, ok := map[string]string{"get": "list", "delete": "deletecollection"}[a.verb]; ok {
+		a.verb = verb
 	}
 	return a, k.allow(a)
 }
@@ -215,8 +216,9 @@ const (
 func (k *Kubernetes) patch(w http.ResponseWriter, r *http.Request, a attributes, body []byte) {
 	contentType, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 	if contentType != mergePatch && contentType != applyPatch {
-		StatusError(w, http.StatusUnsupportedMediaType, "UnsupportedMediaType", "the body of the request was in an unknown format - accepted "+
-			"media types include: application/json-patch+json, application/merge-patch+json, application/strategic-merge-patch+json, application/apply-patch+yaml")
+		unsupported := newStatus(http.StatusUnsupportedMediaType, "UnsupportedMediaType", "415: Unsupported Media Type")
+		unsupported.Details = &details{}
+		unsupported.write(w)
 		return
 	}
 	partial, status := negotiate(r)
@@ -322,6 +324,9 @@ func merge(live *stored, patch []byte, options patchOptions) (*stored, []string,
 	if err := json.Unmarshal(patch, &map[string]any{}); err != nil {
 		return nil, nil, badRequest("error decoding patch: " + err.Error())
 	}
+	if string(bytes.TrimSpace(patch)) == "null" {
+		return nil, nil, badRequest("Invalid JSON Patch")
+	}
 	merged, err := jsonpatch.MergePatch(encode(live.secret), patch)
 	if err != nil {
 		return nil, nil, badRequest(err.Error())
@@ -333,6 +338,10 @@ func merge(live *stored, patch []byte, options patchOptions) (*stored, []string,
 	s, err := decodeSecret(merged)
 	if err != nil {
 		return nil, nil, invalid(err.Error())
+	}
+	var kind struct{ Kind, APIVersion string }
+	if json.Unmarshal(merged, &kind); kind.Kind != "Secret" || kind.APIVersion != "v1" {
+		return nil, nil, invalid(fmt.Sprintf("no kind %q is registered for version %q in scheme \"pkg/runtime/scheme.go:111\"", kind.Kind, kind.APIVersion))
 	}
 	warnings := append(duplicateFields(patch), unknownFields(merged)...)
 	switch {
@@ -366,20 +375,17 @@ func merge(live *stored, patch []byte, options patchOptions) (*stored, []string,
 // https://kubernetes.io/docs/reference/using-api/server-side-apply/.
 func apply(live *stored, a attributes, body []byte, options patchOptions) (*stored, []string, *status) {
 	var generic map[string]any
-	if err := json.Unmarshal(body, &generic); err != nil {
-		return nil, nil, badRequest("error decoding YAML: " + err.Error())
+	if err := json.Unmarshal(body, &generic); err != nil && len(body) > 0 { // no YAML is the empty object
+		return nil, nil, badRequest("error decoding YAML: error unmarshaling JSON: while decoding JSON: " + err.Error())
 	}
 	apiVersion, _ := generic["apiVersion"].(string)
 	kind, _ := generic["kind"].(string)
-	if apiVersion != "v1" {
-		return nil, nil, badRequest(fmt.Sprintf("Incorrect version specified in apply patch. Specified patch version: %s, expected: v1", apiVersion))
+	if apiVersion != "v1" || kind != "Secret" {
+		return nil, nil, badRequest(fmt.Sprintf("invalid object type: /%s, Kind=%s", apiVersion, kind))
 	}
 	var named secret
 	json.Unmarshal(body, &named) // for the messages; a fault is found below
-	object := fmt.Sprintf("%s/%s; /v1, Kind=%s", named.Metadata.Namespace, named.Metadata.Name, kind)
-	if kind != "Secret" {
-		return nil, nil, internalError(fmt.Sprintf("failed to create typed patch object (%s): no corresponding type for /v1, Kind=%s", object, kind))
-	}
+	object := fmt.Sprintf("%s/%s; /v1, Kind=Secret", named.Metadata.Namespace, named.Metadata.Name)
 	if unknown := unknownFields(body); unknown != nil {
 		name := strings.Trim(strings.TrimPrefix(unknown[0], "unknown field "), `"`)
 		return nil, nil, internalError(fmt.Sprintf("failed to create typed patch object (%s): .%s: field not declared in schema", object, name))
@@ -544,7 +550,8 @@ type objectMeta struct {
 func decodeSecret(object []byte) (*secret, error) {
 	s := &secret{}
 	if err := json.Unmarshal(object, s); err != nil {
-		return nil, err
+		// The message names the Go type, which in kube-apiserver is exported.
+		return nil, errors.New(strings.Replace(err.Error(), "struct field secret.", "struct field Secret.", 1))
 	}
 	s.Kind, s.APIVersion = "Secret", "v1"
 	s.Metadata.ManagedFields = nil
@@ -576,6 +583,7 @@ func (s *secret) fillIn() {
 var (
 	dataKey       = regexp.MustCompile(`^[-._a-zA-Z0-9]+$`)
 	qualifiedName = regexp.MustCompile(`^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]$`)
+	labelValue    = regexp.MustCompile(`^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$`)
 	subdomain     = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 )
 
@@ -606,6 +614,13 @@ func (s *secret) validate() (errs fieldErrors) {
 		}
 		if size > maxAnnotationSize && m.path == "metadata.annotations" {
 			errs = append(errs, cause{"FieldValueTooLong", fmt.Sprintf("Too long: may not be more than %d bytes", maxAnnotationSize), m.path})
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.Metadata.Labels)) {
+		if value := s.Metadata.Labels[key]; !labelValue.MatchString(value) {
+			errs = append(errs, invalid("metadata.labels", value, "a valid label must be an empty string or consist of alphanumeric characters, "+
+				"'-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used "+
+				"for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')"))
 		}
 	}
 	size := 0
@@ -745,7 +760,7 @@ func (o owner) String() string {
 	if o.apply {
 		return strconv.Quote(o.manager)
 	}
-	return fmt.Sprintf("%q using v1 at %s", o.manager, o.time.UTC().Format(time.RFC3339))
+	return strconv.Quote(o.manager) + " using v1"
 }
 
 func cloneOwners(owners []owner) []owner {
@@ -811,8 +826,10 @@ func negotiate(r *http.Request) (partial bool, _ *status) {
 			return true, nil
 		}
 	}
-	return false, newStatus(http.StatusNotAcceptable, "NotAcceptable", "only the following media types are accepted: application/json, "+
+	s := newStatus(http.StatusNotAcceptable, "NotAcceptable", "406: Not Acceptable\n\nAvailable representations: application/json, "+
 		"application/yaml, application/vnd.kubernetes.protobuf")
+	s.Details = &details{}
+	return false, s
 }
 
 // unknownFields lists, in the words of a strict decoding error, the fields of a Secret's JSON that a Secret does not have.
