@@ -643,3 +643,18 @@ func TestProgramIsStaticallyLinked(t *testing.T) {
 		t.Errorf("the program has %d bytes, more than %d", info.Size(), most)
 	}
 }
+
+func TestChartIsOfThisVersionAndItsTableIsFresh(t *testing.T) {
+	chart, err := os.ReadFile("chart/Chart.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"\nversion: " + version + "\n", "\nappVersion: \"" + version + "\"\n"} {
+		if !strings.Contains(string(chart), want) {
+			t.Errorf("chart/Chart.yaml lacks %q", want)
+		}
+	}
+	if out, err := exec.Command("go", "run", "./testdata/chartdoc", "-check").CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
