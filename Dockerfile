@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 
 # The compiler runs on the builder's own platform and cross-compiles: no emulation.
-FROM --platform=$BUILDPLATFORM golang:1.26 AS build
+FROM --platform=$BUILDPLATFORM golang:1.26.8 AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download

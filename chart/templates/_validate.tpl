@@ -11,12 +11,17 @@ All errors are reported together. The access keys are never printed.
       "nameOverride" .Values.nameOverride
       "fullnameOverride" .Values.fullnameOverride
       "imagePullSecret.name" .Values.imagePullSecret.name
-      "imagePullSecret.namespace" .Values.imagePullSecret.namespace
       "aws.existingSecret" .Values.aws.existingSecret
       "serviceAccount.name" .Values.serviceAccount.name }}
 {{- range $key, $name := $names }}
 {{- if and $name (not (regexMatch $dns1123 $name)) }}
 {{- $errors = append $errors (printf "%s: %q is not a DNS-1123 name (lower-case letters, digits, hyphens and dots)" $key $name) }}
+{{- end }}
+{{- end }}
+
+{{- with .Values.imagePullSecret.namespace }}
+{{- if not (regexMatch `^[a-z0-9]([a-z0-9-]*[a-z0-9])?$` .) }}
+{{- $errors = append $errors (printf "imagePullSecret.namespace: %q is not a DNS-1123 label (lower-case letters, digits and hyphens)" .) }}
 {{- end }}
 {{- end }}
 
@@ -73,6 +78,9 @@ All errors are reported together. The access keys are never printed.
 {{- end }}
 {{- if and (or .accessKeyID .secretAccessKey) .existingSecret }}
 {{- $errors = append $errors "aws.existingSecret: set together with aws.accessKeyID or aws.secretAccessKey: give the access keys in one place" }}
+{{- end }}
+{{- if and .existingSecret (eq .existingSecret (printf "%s-env-secret" (include "ecr-refresher.fullname" $))) }}
+{{- $errors = append $errors (printf "aws.existingSecret: %q is the chart's own Secret, which Helm deletes when aws.accessKeyID is not set: choose another name" .existingSecret) }}
 {{- end }}
 {{- if and .roleArn (or .accessKeyID .secretAccessKey .existingSecret) }}
 {{- $errors = append $errors "aws.roleArn: set together with access keys, which would win: give one identity (aws.assumeRoleArn is the role to assume with access keys)" }}

@@ -333,6 +333,8 @@ func TestRejectedValuesFailTheInstallWithTheReason(t *testing.T) {
 			{`{timeout: 60}`, `timeout`},
 			{`{timeout: 60 s}`, `timeout: "60 s" is not a duration`},
 			{`{imagePullSecret: {name: A_B}}`, `imagePullSecret.name: "A_B" is not a DNS-1123 name`},
+			{`{imagePullSecret: {namespace: a.b}}`, `imagePullSecret.namespace: "a.b" is not a DNS-1123 label`},
+			{`{fullnameOverride: f, aws: {existingSecret: f-env-secret}}`, `aws.existingSecret: "f-env-secret" is the chart's own Secret`},
 			{`{imagePullSecret: {create: "yes"}}`, `create`},
 			{`{fullnameOverride: ` + strings.Repeat("x", 53) + `}`, `fullnameOverride`},
 			{`{serviceAccount: {create: false}}`, `serviceAccount.name: missing`},
