@@ -39,8 +39,9 @@ const (
 	attemptTimeout = 15 * time.Second // one request with its whole answer
 	maxAttempts    = 6                // 1+2+4+8+8 s of waiting in between: longer than an API server takes to restart
 	maxBackoff     = 8 * time.Second
-	maxBody        = 4 << 20 // bytes: a whole Secret (1 MiB of data, base64) with its managed fields fits
-	maxMessage     = 400     // runes kept of a server's message: a pod's termination message has 2048 bytes in all
+	maxBody        = 4 << 20  // bytes: a whole Secret (1 MiB of data, base64) with its managed fields fits
+	maxHeader      = 64 << 10 // bytes of all header lines
+	maxMessage     = 400      // runes kept of a server's message: a pod's termination message has 2048 bytes in all
 )
 
 // kubeClient writes one Secret through the Kubernetes API. It is plain net/http because the whole conversation is one
@@ -72,7 +73,10 @@ func newKubeClient(ctx context.Context, s *settings, redact *redactor, log *slog
 		http: &http.Client{
 			Timeout:       attemptTimeout,
 			CheckRedirect: noRedirect,
-			Transport:     &http.Transport{DialTLSContext: connectAhead(ctx, s.apiServer, s.apiServerRoots)},
+			Transport: finalTransport{&http.Transport{
+				DialTLSContext:         connectAhead(ctx, s.apiServer, s.apiServerRoots),
+				MaxResponseHeaderBytes: maxHeader,
+			}},
 		},
 	}
 }
@@ -87,7 +91,7 @@ func connectAhead(ctx context.Context, server *url.URL, roots *x509.CertPool) fu
 		defer cancel()
 		conn, err := dialer.DialContext(ctx, network, addr)
 		if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-			err = http.ErrSchemeMismatch // as net/http's own dial function says it
+			err = http.ErrSchemeMismatch // as net/http's own dial function says it of plain HTTP
 		}
 		return conn, err
 	}
@@ -113,6 +117,19 @@ func connectAhead(ctx context.Context, server *url.URL, roots *x509.CertPool) fu
 	}
 }
 
+// finalTransport refuses the answer 101, which nobody asked for: net/http then hands the bare connection over as the
+// body, and no timeout ends the reading of it.
+type finalTransport struct{ next http.RoundTripper }
+
+func (t finalTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := t.next.RoundTrip(req)
+	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+		resp.Body.Close()
+		return nil, errors.New("the answer is HTTP 101 Switching Protocols, which nobody asked for")
+	}
+	return resp, err
+}
+
 func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 func sleepContext(ctx context.Context, d time.Duration) error {
@@ -130,13 +147,18 @@ func inClusterServer(host, port string) (*url.URL, error) {
 	if host == "" || port == "" {
 		return nil, errors.New("KUBERNETES_SERVICE_HOST and KUBERNETES_SERVICE_PORT are not both set: outside a pod, give --api-server")
 	}
-	if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+	if !isPort(port) {
 		return nil, fmt.Errorf("KUBERNETES_SERVICE_PORT %q is not a port number", port)
 	}
 	if net.ParseIP(host) == nil && !isDNSName(host) {
 		return nil, fmt.Errorf("KUBERNETES_SERVICE_HOST %q is neither an IP address nor a host name", host)
 	}
 	return &url.URL{Scheme: "https", Host: net.JoinHostPort(host, port)}, nil
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
 }
 
 // parseAPIServer parses the value of --api-server.
@@ -149,6 +171,8 @@ func parseAPIServer(s string) (*url.URL, error) {
 		return nil, errors.New("must start with https://, so that the service-account token never travels in clear")
 	case u.Hostname() == "":
 		return nil, errors.New("has no host")
+	case u.Port() != "" && !isPort(u.Port()):
+		return nil, errors.New("has no valid port")
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
 		return nil, errors.New("must be a plain base URL, without user, query and fragment")
 	}
@@ -228,6 +252,9 @@ func (c *kubeClient) writeSecret(ctx context.Context, content secretContent) (cr
 		case http.StatusConflict: // someone else created it in between
 			return false, c.explain("patching", c.patch(ctx, mergePatch, patch))
 		case http.StatusForbidden:
+			if !strings.Contains(se.Message, " cannot ") {
+				break // explained below: no right is missing
+			}
 			return false, withHint(fmt.Errorf("secret %s/%s does not exist, and creating it was refused: %w", c.namespace, c.name, err),
 				fmt.Sprintf("create it once: kubectl create secret docker-registry %s -n %s --docker-server=REGISTRY --docker-username=AWS --docker-password=placeholder; or allow it to be created: %s",
 					c.name, c.namespace, c.rbacRule("patch, create")))
@@ -294,26 +321,29 @@ func (c *kubeClient) patch(ctx context.Context, contentType string, patch secret
 }
 
 // transportError is a request that got no answer, or only a part of one.
-type transportError struct{ error }
+type transportError struct {
+	error
+	redact *redactor
+}
 
-func (e *transportError) Error() string { return transportText(e.error.Error()) }
+func (e *transportError) Error() string { return transportText(e.error.Error(), e.redact) }
 func (e *transportError) Unwrap() error { return e.error }
 
 // transportText is the text of a net/http error on one line, without what the server sent, which some of them quote.
-func transportText(s string) string {
+func transportText(s string, redact *redactor) string {
 	if before, _, found := strings.Cut(s, "malformed "); found {
 		s = before + "the answer is not HTTP"
 	}
-	return oneLine(s)
+	return oneLine(s, redact)
 }
 
 // newTransportError drops the method and the long URL that net/http puts around its errors: explain names the Secret,
 // and the hint the server.
-func newTransportError(err error) error {
+func newTransportError(err error, redact *redactor) error {
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		err = ue.Err
 	}
-	return &transportError{err}
+	return &transportError{err, redact}
 }
 
 // isTransient tells a transport error that another try may cure from one that it will not: a certificate that does not
@@ -350,7 +380,7 @@ func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) 
 
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return newTransportError(err)
+		return newTransportError(err, c.redact)
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
@@ -358,7 +388,7 @@ func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) 
 		return parseStatus(resp.StatusCode, resp.Header.Get("Retry-After"), answer, c.redact)
 	}
 	if err != nil {
-		return newTransportError(fmt.Errorf("the answer broke off: %w", err))
+		return newTransportError(fmt.Errorf("the answer broke off: %w", err), c.redact)
 	}
 	var object struct {
 		Kind     string
@@ -416,10 +446,7 @@ func parseStatus(code int, retryAfter string, body []byte, redact *redactor) *st
 	if json.Unmarshal(body, &status) != nil || status.Kind != "Status" {
 		return e
 	}
-	e.Reason = cleanMessage(status.Reason, redact)
-	if e.Reason == "" { // a Status all the same: some have the code alone
-		e.Reason = "Unknown"
-	}
+	e.Reason = cmp.Or(status.Reason, "Unknown") // a Status all the same: some have the code alone
 	e.Message = cleanMessage(status.Message, redact)
 	e.Kind, e.Name = status.Details.Kind, status.Details.Name
 	for _, cause := range status.Details.Causes {
@@ -451,19 +478,26 @@ func cleanMessage(s string, redact *redactor) string {
 	}
 	// No name, address or id in a message is such a long run: it may be a Secret's data.
 	s = regexp.MustCompile(`[A-Za-z0-9+/=]{48,}`).ReplaceAllString(s, "[withheld]")
-	return oneLine(s)
+	return oneLine(s, redact)
 }
 
-// oneLine replaces control characters, line breaks among them, by spaces, so that no server can forge a log line, and
-// truncates s to maxMessage runes.
-func oneLine(s string) string {
-	s = strings.Join(strings.FieldsFunc(s, func(r rune) bool {
-		return unicode.IsSpace(r) || !unicode.IsPrint(r)
-	}), " ")
-	if runes := []rune(s); len(runes) > maxMessage {
-		s = string(runes[:maxMessage]) + "..."
+// oneLine makes a text fit for a log: without the secrets, which must go first since one that is truncated would not be
+// found any more; with a space in place of control characters and line breaks, so that no server can forge a log line;
+// and at most maxMessage runes of it.
+func oneLine(s string, redact *redactor) string {
+	var line []rune
+	for _, r := range redact.text(s) {
+		switch {
+		case unicode.IsPrint(r) && r != ' ':
+			line = append(line, r)
+		case len(line) > 0 && line[len(line)-1] != ' ':
+			line = append(line, ' ')
+		}
+		if len(line) > maxMessage {
+			return string(line[:maxMessage]) + "..."
+		}
 	}
-	return s
+	return strings.TrimSpace(string(line))
 }
 
 // explain adds to an error of patch what was being done, on what, and how to cure it.
@@ -499,12 +533,14 @@ func (c *kubeClient) hint(err error) string {
 		return fmt.Sprintf("can this pod reach the API server at %s? Look for a network policy, a firewall, or a wrong --api-server", c.server)
 	}
 	switch {
-	case se.Code < 400:
+	case se.Code >= 300 && se.Code < 400:
 		return fmt.Sprintf("redirects are not followed, the token would go with them: %s must be the API server itself", c.server)
 	case se.Reason == "" && se.Code < 500:
 		return fmt.Sprintf("something other than the API server answers at %s: look for a proxy or a wrong --api-server", c.server)
 	case se.Code == http.StatusUnauthorized:
 		return fmt.Sprintf("the API server does not accept the token in %s: does the ServiceAccount still exist, and is the token this cluster's?", c.serviceAccountDir)
+	case se.Code == http.StatusForbidden && !strings.Contains(se.Message, " cannot "):
+		return "not a matter of RBAC: an admission policy, a quota or the namespace's end refused it, see the message"
 	case se.Code == http.StatusForbidden:
 		return fmt.Sprintf("grant %s; or is --namespace or --secret wrong?", c.rbacRule("patch, create"))
 	case se.Code == http.StatusNotFound && se.Kind == "namespaces":

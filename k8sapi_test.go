@@ -48,6 +48,7 @@ func TestAPIServerMustBeAnHTTPSBaseURL(t *testing.T) {
 		"10.0.0.1:6443":                          "not a URL",
 		"https://":                               "no host",
 		"https://user:pass@10.0.0.1":             "plain base URL",
+		"https://10.0.0.1:99999":                 "no valid port",
 		"https://10.0.0.1?x=1":                   "plain base URL",
 		"https://10.0.0.1#x":                     "plain base URL",
 		"":                                       "https://",
@@ -382,6 +383,20 @@ func TestRefusalsNameTheirCure(t *testing.T) {
 		{"immutable", func(w *world) {
 			w.k8s.Put(ns, name, map[string]any{"metadata": map[string]any{}, "type": dockerConfigType, "immutable": true, "data": map[string]any{".dockerconfigjson": oldConfig}})
 		}, "field is immutable when `immutable` is set", "marked immutable"},
+		{"refused by a webhook", func(w *world) {
+			w.putOld()
+			w.k8s.Intercept = func(n int, rw http.ResponseWriter, r *http.Request) bool {
+				standin.StatusError(rw, http.StatusForbidden, "Forbidden", `admission webhook "policy.example" denied the request: no Secrets here`)
+				return true
+			}
+		}, "denied the request: no Secrets here", "not a matter of RBAC"},
+		{"an answer without content", func(w *world) {
+			w.putOld()
+			w.k8s.Intercept = func(n int, rw http.ResponseWriter, r *http.Request) bool {
+				rw.WriteHeader(http.StatusNoContent)
+				return true
+			}
+		}, "HTTP 204 No Content", "something other than the API server answers"},
 		{"token not accepted", func(w *world) { w.k8s.SetTokens("other") }, "HTTP 401 Unauthorized: Unauthorized", "does not accept the token"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

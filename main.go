@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -146,7 +147,7 @@ func (w impatientWriter) Write(p []byte) (int, error) {
 // settings is all that a run is told, checked.
 type settings struct {
 	secret, namespace string
-	registries        []string            // bare hosts; empty: the one that ECR names
+	registries        []string            // as given; empty: the one that ECR names
 	region            string              // of --region
 	regions           map[string][]string // region to its registries: one ECR call each
 	dryRun            bool
@@ -290,9 +291,8 @@ func (s *settings) parseRegistries(getenv func(string) string, invalid func(name
 	}
 	s.regions = map[string][]string{}
 	firstRegion := s.region
-	for i, value := range s.registries {
+	for _, value := range s.registries {
 		host := strings.TrimSuffix(strings.TrimPrefix(value, "https://"), "/")
-		s.registries[i] = host
 		region, err := registryRegion(host)
 		switch {
 		case err != nil:
@@ -374,8 +374,8 @@ func (r *redactor) add(secrets ...string) {
 	}
 }
 
-// text returns s without the secrets, and without the forms in which a server may send them back: base64, URL-encoded,
-// quoted.
+// text returns s without the secrets, without the forms in which a server may send them back (base64, URL-encoded,
+// quoted), and without the user and password of any URL.
 func (r *redactor) text(s string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -392,5 +392,5 @@ func (r *redactor) text(s string) string {
 	for _, form := range r.forms {
 		s = strings.ReplaceAll(s, form, "[redacted]")
 	}
-	return s
+	return regexp.MustCompile(`//[^/\s'"]*@`).ReplaceAllString(s, "//[redacted]@")
 }

@@ -50,11 +50,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// The secrets of a world: none of them may ever be printed.
+// The secrets of a world: none of them may ever be printed. Tokens are as long as the real ones, longer than what is kept
+// of a message.
+var (
+	saToken    = "service-account-token-eyJhbGciOiJSUzI1NiJ9." + strings.Repeat("eyJhdWQiOlsiaHR0cHM6Ly9r", 30) + ".c2ln"
+	awsSession = "FwoGZXIvYXdzEXAMPLESESSIONTOKEN//////////wEaDPhQ" + strings.Repeat("k7MDENG/bPxRfiCY", 40) + "=="
+)
+
 const (
-	saToken      = "service-account-token-eyJhbGciOiJSUzI1NiJ9"
 	awsSecret    = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
-	awsSession   = "FwoGZXIvYXdzEXAMPLESESSIONTOKEN//////////wEaDPhQ=="
 	issuedSecret = "issued+secret/AccessKeyOfAnAssumedRole000"
 	issuedToken  = "IssuedSessionToken//0123456789+abcdefghijklmn=="
 	ecrPassword  = "eyJwYXlsb2FkIjoiZWNyIn0=.password/of+the/registry"
@@ -656,5 +660,75 @@ func TestChartIsOfThisVersionAndItsTableIsFresh(t *testing.T) {
 	}
 	if out, err := exec.Command("go", "run", "./testdata/chartdoc", "-check").CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// startRaw serves one answer, byte by byte as it is, to every request over TLS; the connection stays open.
+func (w *world) startRaw(answer func(*http.Request) string) (address string) {
+	w.t.Helper()
+	return w.startTLS(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		conn, _, err := rw.(http.Hijacker).Hijack()
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		w.t.Cleanup(func() { conn.Close() })
+		fmt.Fprint(conn, answer(r))
+	})).URL
+}
+
+func TestSwitchOfProtocolsDoesNotHoldTheRun(t *testing.T) {
+	const upgrade = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n"
+	for name, arrange := range map[string]func(w *world, address string){
+		"Kubernetes": func(w *world, address string) { w.setAPI(address) },
+		"AWS": func(w *world, address string) {
+			w.env["AWS_ENDPOINT_URL_ECR"], w.env["AWS_MAX_ATTEMPTS"] = address, "1"
+		},
+	} {
+		w := newWorld(t)
+		arrange(w, w.startRaw(func(*http.Request) string { return upgrade }))
+		cmd := w.command("--secret", "ecr-credentials", "--timeout", "2s")
+		watchdog := time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
+		o := w.wait(cmd)
+		watchdog.Stop()
+		if o.code != exitFailure || !strings.Contains(o.last(), "HTTP 101 Switching Protocols") {
+			t.Errorf("%s: exit %d after %v: %s", name, o.code, o.took, o.last())
+		}
+	}
+}
+
+// net/http quotes a Content-Length that it cannot read, and the SDK keeps the request ID: both can be an echo of a header.
+func TestEchoedHeadersAreNotPrinted(t *testing.T) {
+	w := newWorld(t)
+	w.setAPI(w.startRaw(func(r *http.Request) string {
+		return "HTTP/1.1 200 OK\r\nContent-Length: " + r.Header.Get("Authorization") + "\r\n\r\n"
+	}))
+	if o := w.run("--timeout", "2s"); o.code != exitFailure || !strings.Contains(o.last(), "[redacted]") {
+		t.Errorf("exit %d: %s", o.code, o.stderr)
+	}
+	for _, header := range []string{"200 OK\r\nContent-Length: ", "400 Bad Request\r\nContent-Length: 33\r\nX-Amzn-Requestid: "} {
+		w := newWorld(t)
+		w.env["AWS_MAX_ATTEMPTS"] = "1"
+		w.env["AWS_ENDPOINT_URL_ECR"] = w.startRaw(func(r *http.Request) string {
+			return "HTTP/1.1 " + header + r.Header.Get("X-Amz-Security-Token") + "\r\n\r\n" + `{"__type":"Foo","message":"bar0"}`
+		})
+		if o := w.run("--timeout", "2s"); o.code != exitFailure || !strings.Contains(o.last(), "[redacted]") {
+			t.Errorf("exit %d: %s", o.code, o.stderr)
+		}
+	}
+}
+
+func TestPasswordsInURLsAreNotPrinted(t *testing.T) {
+	w := newWorld(t)
+	w.env["AWS_ENDPOINT_URL_ECR"] = "htps://user:hunter2@aws.example"
+	w.env["HTTP_PROXY"] = "http://user:hunter 2@proxy"
+	o := w.run("--api-server", "https://user:hunter2@kubernetes.example", "--registry", "https://AWS:hunter2@registry.example")
+	if o.code != exitUsage || strings.Contains(o.stderr, "hunter") {
+		t.Errorf("exit %d: %s", o.code, o.stderr)
+	}
+	for _, want := range []string{"https://[redacted]@kubernetes.example", "https://[redacted]@registry.example", "htps://[redacted]@aws.example", "environment HTTP_PROXY: it is not a URL"} {
+		if !strings.Contains(o.stderr, want) {
+			t.Errorf("no %q in %s", want, o.stderr)
+		}
 	}
 }

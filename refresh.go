@@ -224,7 +224,7 @@ func checkRegistryHost(host string) error {
 		return errors.New("is more than a host: leave out scheme and path")
 	}
 	name, port, hasPort := strings.Cut(host, ":")
-	if n, err := strconv.ParseUint(port, 10, 16); hasPort && (err != nil || n == 0) {
+	if hasPort && !isPort(port) {
 		return errors.New("has no valid port after its ':'")
 	}
 	if i := strings.IndexFunc(name, func(r rune) bool {
@@ -468,7 +468,7 @@ func (a *awsSettings) parse(getenv func(string) string, redact *redactor, invali
 			invalid("environment AWS_MAX_ATTEMPTS", "%q is not a whole number above zero", v)
 		}
 	}
-	for _, name := range []string{"HTTPS_PROXY", "https_proxy"} { // net/http reads them
+	for _, name := range []string{"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"} { // net/http reads them
 		v := getenv(name)
 		if !strings.Contains(v, "://") {
 			v = "http://" + v
@@ -568,6 +568,8 @@ func (a *awsSettings) httpClient() *http.Client {
 		TLSHandshakeTimeout: tlsTimeout,
 		TLSClientConfig:     &tls.Config{RootCAs: a.roots, MinVersion: tls.VersionTLS12},
 
+		MaxResponseHeaderBytes: maxHeader,
+
 		OnProxyConnectResponse: checkProxyAnswer,
 	})
 }
@@ -578,13 +580,15 @@ func (a *awsSettings) linkLocalClient() *http.Client {
 	return boundedClient(dialTimeout, &http.Transport{
 		DialContext:     (&net.Dialer{Timeout: dialTimeout}).DialContext,
 		TLSClientConfig: &tls.Config{RootCAs: a.roots, MinVersion: tls.VersionTLS12},
+
+		MaxResponseHeaderBytes: maxHeader,
 	})
 }
 
 // boundedClient follows no redirect, since a session token must not travel to another host, and reads at most maxBody
 // bytes of an answer.
 func boundedClient(timeout time.Duration, transport http.RoundTripper) *http.Client {
-	return &http.Client{Timeout: timeout, CheckRedirect: noRedirect, Transport: boundedTransport{transport}}
+	return &http.Client{Timeout: timeout, CheckRedirect: noRedirect, Transport: boundedTransport{finalTransport{transport}}}
 }
 
 type boundedTransport struct{ next http.RoundTripper }
@@ -751,11 +755,11 @@ func (a *awsSettings) diagnose(ctx context.Context, err error, redact *redactor)
 		HTTPStatusCode() int
 	}](err)
 	if api, ok := errors.AsType[smithy.APIError](err); ok && api.ErrorCode() != "" && api.ErrorCode() != "UnknownError" {
-		text = oneLine(redact.text(api.ErrorCode() + ": " + api.ErrorMessage()))
+		text = oneLine(api.ErrorCode()+": "+api.ErrorMessage(), redact)
 		if answered {
 			text += fmt.Sprintf(" (HTTP %d", answer.HTTPStatusCode())
 			if id, ok := errors.AsType[*awshttp.ResponseError](err); ok && id.RequestID != "" {
-				text += ", request ID " + oneLine(id.RequestID)
+				text += ", request ID " + oneLine(id.RequestID, redact)
 			}
 			text += ")"
 		}
@@ -766,20 +770,20 @@ func (a *awsSettings) diagnose(ctx context.Context, err error, redact *redactor)
 	_, garbled := errors.AsType[*smithy.DeserializationError](err)
 	switch {
 	case unsent || broken: // before the others, as the SDK wraps this one in them as well
-		return a.diagnoseTransport(err, operation)
+		return a.diagnoseTransport(err, operation, redact)
 	case answered && answer.HTTPStatusCode() >= 300:
 		text = fmt.Sprintf("HTTP %d %s", answer.HTTPStatusCode(), http.StatusText(answer.HTTPStatusCode()))
 		if operation != "" {
 			text += ", and the body is no AWS error"
 		} else if agent, ok := errors.AsType[smithy.APIError](err); ok && strings.HasPrefix(agent.ErrorMessage(), "[") && strings.Contains(agent.ErrorMessage(), "]: (") {
-			text += ": " + oneLine(redact.text(agent.ErrorMessage())) // how the EKS agent passes on an AWS error: [request ID]: (code): message
+			text += ": " + oneLine(agent.ErrorMessage(), redact) // how the EKS agent passes on an AWS error: [request ID]: (code): message
 		}
 	case errors.Is(err, errNoKey):
 		text = err.Error()
 	case answered || garbled:
 		text = "the answer is not AWS's, or was cut short"
 	default:
-		return a.diagnoseTransport(err, operation)
+		return a.diagnoseTransport(err, operation, redact)
 	}
 	switch {
 	case answered && answer.HTTPStatusCode() >= 500 && operation != "":
@@ -840,7 +844,7 @@ func (a *awsSettings) hintForCode(operation string, err smithy.APIError) string 
 }
 
 // diagnoseTransport explains why no answer came.
-func (a *awsSettings) diagnoseTransport(err error, operation string) (text, hint string) {
+func (a *awsSettings) diagnoseTransport(err error, operation string, redact *redactor) (text, hint string) {
 	text = err.Error()
 	dns, isDNS := errors.AsType[*net.DNSError](err)
 	op, isOp := errors.AsType[*net.OpError](err)
@@ -859,7 +863,7 @@ func (a *awsSettings) diagnoseTransport(err error, operation string) (text, hint
 		}
 		text = "no other source is configured, and the instance metadata service gives no session token: " + cause
 	}
-	text = transportText(text)
+	text = transportText(text, redact)
 	_, refusedByProxy := errors.AsType[*proxyError](err)
 	_, untrusted := errors.AsType[*tls.CertificateVerificationError](err)
 	switch {

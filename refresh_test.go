@@ -1224,16 +1224,18 @@ const (
 	deadlineHint = "find out what is slow, or raise --timeout"
 )
 
+// canonicalEcho is what AWS adds to a mismatch.
+var canonicalEcho = "\n\nThe Canonical String for this request should have been\n'POST\n/\n\ncontent-type:application/x-amz-json-1.1\n" +
+	"host:api.ecr.eu-central-1.amazonaws.com\nx-amz-security-token:" + awsSession + "\n'"
+
 // What the messages begin with.
 const (
-	ecrCall       = "getting an ECR token in eu-central-1: "
-	irsaCall      = "getting AWS credentials from web identity (IRSA) for " + webRole + ": "
-	agentCall     = "getting AWS credentials from container (EKS Pod Identity, ECS) at ADDRESS: "
-	metadataCall  = "getting AWS credentials from instance metadata: "
-	assumeCall    = "assuming the role " + otherRole + ": "
-	mismatch      = "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and signing method. Consult the service documentation for details."
-	canonicalEcho = "\n\nThe Canonical String for this request should have been\n'POST\n/\n\ncontent-type:application/x-amz-json-1.1\n" +
-		"host:api.ecr.eu-central-1.amazonaws.com\nx-amz-security-token:" + awsSession + "\n'"
+	ecrCall        = "getting an ECR token in eu-central-1: "
+	irsaCall       = "getting AWS credentials from web identity (IRSA) for " + webRole + ": "
+	agentCall      = "getting AWS credentials from container (EKS Pod Identity, ECS) at ADDRESS: "
+	metadataCall   = "getting AWS credentials from instance metadata: "
+	assumeCall     = "assuming the role " + otherRole + ": "
+	mismatch       = "The request signature we calculated does not match the signature you provided. Check your AWS Secret Access Key and signing method. Consult the service documentation for details."
 	canonicalShown = " The Canonical String for this request should have been 'POST / content-type:application/x-amz-json-1.1 " +
 		"host:api.ecr.eu-central-1.amazonaws.com x-amz-security-token:[redacted] '"
 	notAuthorized = "User: arn:aws:iam::123456789012:user/puller is not authorized to perform: "
