@@ -70,14 +70,10 @@ func newKubeClient(ctx context.Context, s *settings, redact *redactor, log *slog
 		redact:            redact,
 		log:               log,
 		sleep:             sleepContext,
-		http: &http.Client{
-			Timeout:       attemptTimeout,
-			CheckRedirect: noRedirect,
-			Transport: finalTransport{&http.Transport{
-				DialTLSContext:         connectAhead(ctx, s.apiServer, s.apiServerRoots),
-				MaxResponseHeaderBytes: maxHeader,
-			}},
-		},
+		http: boundedClient(attemptTimeout, &http.Transport{
+			DialTLSContext:         connectAhead(ctx, s.apiServer, s.apiServerRoots),
+			MaxResponseHeaderBytes: maxHeader,
+		}),
 	}
 }
 
@@ -117,20 +113,33 @@ func connectAhead(ctx context.Context, server *url.URL, roots *x509.CertPool) fu
 	}
 }
 
-// finalTransport refuses the answer 101, which nobody asked for: net/http then hands the bare connection over as the
-// body, and no timeout ends the reading of it.
-type finalTransport struct{ next http.RoundTripper }
+// boundedClient returns a client whose requests end: it follows no redirect, since a token must not travel to another
+// host, and its transport bounds the answers.
+func boundedClient(timeout time.Duration, transport http.RoundTripper) *http.Client {
+	return &http.Client{
+		Timeout:       timeout,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport:     boundedTransport{transport},
+	}
+}
 
-func (t finalTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+// boundedTransport fails the reading of a body beyond maxBody bytes, rather than ending it: a cut answer may pass for a
+// whole one. It refuses the answer 101, which nobody asked for: net/http then hands over the bare connection as the body,
+// and no timeout ends the reading of it.
+type boundedTransport struct{ next http.RoundTripper }
+
+func (t boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.next.RoundTrip(req)
-	if err == nil && resp.StatusCode == http.StatusSwitchingProtocols {
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode == http.StatusSwitchingProtocols {
 		resp.Body.Close()
 		return nil, errors.New("the answer is HTTP 101 Switching Protocols, which nobody asked for")
 	}
-	return resp, err
+	resp.Body = http.MaxBytesReader(nil, resp.Body, maxBody)
+	return resp, nil
 }
-
-func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 func sleepContext(ctx context.Context, d time.Duration) error {
 	select {
@@ -383,18 +392,19 @@ func (c *kubeClient) send(ctx context.Context, contentType string, body []byte) 
 		return newTransportError(err, c.redact)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	answer, err := io.ReadAll(resp.Body)
 	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusCreated {
 		return parseStatus(resp.StatusCode, resp.Header.Get("Retry-After"), answer, c.redact)
 	}
-	if err != nil {
+	_, tooLong := errors.AsType[*http.MaxBytesError](err)
+	if err != nil && !tooLong {
 		return newTransportError(fmt.Errorf("the answer broke off: %w", err), c.redact)
 	}
 	var object struct {
 		Kind     string
 		Metadata struct{ Name, Namespace string }
 	}
-	if len(answer) > maxBody || json.Unmarshal(answer, &object) != nil ||
+	if tooLong || json.Unmarshal(answer, &object) != nil ||
 		object.Kind != "PartialObjectMetadata" && object.Kind != "Secret" ||
 		object.Metadata.Name != c.name || object.Metadata.Namespace != c.namespace {
 		return fmt.Errorf("%w: HTTP %d, but not with this Secret's metadata", errNotKubernetes, resp.StatusCode)

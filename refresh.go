@@ -160,6 +160,9 @@ func (a *awsSettings) token(ctx context.Context, creds aws.CredentialsProvider, 
 		return ecrToken{}, a.explain(ctx, doing, err, redact)
 	}
 	token, err := parseToken(out, hosts, redact)
+	if err != nil && ctx.Err() != nil { // the SDK may take an answer that the deadline cut for an empty one
+		return ecrToken{}, a.explain(ctx, doing, err, redact)
+	}
 	if err != nil {
 		return ecrToken{}, withHint(fmt.Errorf("%s: %w", doing, err), "this is not what ECR answers: is AWS_ENDPOINT_URL_ECR, or a proxy, in the way?")
 	}
@@ -583,22 +586,6 @@ func (a *awsSettings) linkLocalClient() *http.Client {
 
 		MaxResponseHeaderBytes: maxHeader,
 	})
-}
-
-// boundedClient follows no redirect, since a session token must not travel to another host, and reads at most maxBody
-// bytes of an answer.
-func boundedClient(timeout time.Duration, transport http.RoundTripper) *http.Client {
-	return &http.Client{Timeout: timeout, CheckRedirect: noRedirect, Transport: boundedTransport{finalTransport{transport}}}
-}
-
-type boundedTransport struct{ next http.RoundTripper }
-
-func (t boundedTransport) RoundTrip(req *http.Request) (*http.Response, error) {
-	resp, err := t.next.RoundTrip(req)
-	if err == nil {
-		resp.Body = http.MaxBytesReader(nil, resp.Body, maxBody) // an error beyond it: the SDK may take a cut answer for whole
-	}
-	return resp, err
 }
 
 // credentials retrieves credentials from the one source, and exchanges them for the role of --assume-role-arn.
